@@ -1,0 +1,41 @@
+"""Which engine a run wants, built. Engines are imported here and nowhere else, so that none loads another's libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actors.engine import Engine, EngineOptions
+from protocol.config import Config
+
+
+def engine_environment(config: Config, device: str) -> dict[str, str]:
+    """What must be in the environment before the engine's library is imported."""
+    if config.generators.engine == "vllm":
+        from actors.vllm_engine import environment
+
+        return environment(device)
+    return {}
+
+
+def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
+    """Not started yet. `model` holds config and tokenizer."""
+    sampled = max(config.sampling.max_tokens, config.evaluation.max_tokens)
+    dtype = config.model.dtype if config.model.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    options = EngineOptions(
+        model_path=model, max_model_len=config.data.max_prompt_tokens + sampled, dtype=dtype,
+        device="cpu" if device == "cpu" else "cuda", seed=seed, max_num_seqs=config.generators.max_running,
+        recompute_cache=config.generators.recompute_cache, extra=config.vllm,
+    )  # fmt: skip
+    match config.generators.engine:
+        case "vllm":
+            from actors.vllm_engine import VllmEngine
+
+            return VllmEngine(options)
+        case "transformers":
+            from actors.transformers_engine import TransformersEngine
+
+            return TransformersEngine(options)
+        case "fake":
+            from actors.fake_engine import FakeEngine
+
+            return FakeEngine()

@@ -1,0 +1,248 @@
+"""The generator: leases in, scored trajectories out, weights swapped in flight.
+
+Four things go on at once in one asyncio loop: `_pull_leases` asks for work, one task per group answers it, `_follow_weights`
+applies the newest version between two tokens, `_beat` reports and learns what was revoked.
+
+- Nothing is sampled before the first weights are applied, and a Pull says which are: the engine's own `held` is the only source.
+- Evaluation is answered by exactly one version: `_follow_weights` waits while an evaluation runs.
+- A result is repeated until the broker gives it a final status (`Session.ask`); what the status is changes nothing here.
+- After a restart of the broker all leases are void: `_void` drops them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.engine import Engine, RequestFailed
+from actors.outcomes import error_result, release, result
+from actors.rollout import attempt_for, single_turn
+from actors.scorer import Scorer
+from actors.snapshot_source import SnapshotSource
+from protocol.config import Config
+from protocol.errors import ProtocolError
+from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Verdict, VersionHint, Wait
+from protocol.session import Session
+from protocol.types import Completion, Lease, LeaseKind, Prompt
+from protocol.weights import SnapshotError
+
+log = logging.getLogger("tether.generator")
+
+ROOM_CHECK_S = 5.0  # a wait for room or weights is looked at again so often, whatever happened to its event
+
+
+@dataclass(eq=False)
+class Running:
+    """One lease that is being answered."""
+
+    lease: Lease
+    task: asyncio.Task[None] | None = None
+    started_at: float = field(default_factory=time.monotonic)
+    tokens: int = 0  # of its finished samples
+
+
+class Generator:
+    """One engine and what it is working on. `run` ends when `leave` is called or something is beyond repair."""
+
+    def __init__(self, session: Session, engine: Engine, scorer: Scorer, source: SnapshotSource, config: Config) -> None:
+        self._session, self._engine, self._scorer, self._source, self._config = session, engine, scorer, source, config
+        self._running: dict[tuple[int, int], Running] = {}  # by (prompt, attempt)
+        self._newest = (0, "")  # (version, digest) as the broker says
+        self._leaving = asyncio.Event()
+        self._changed = asyncio.Event()  # a group ended, weights were applied, or newer ones are to be had
+        self._state, self._detail, self._since = "starting", "", time.monotonic()
+        self._statuses: dict[str, int] = {}
+        self._apply_s, self._pause_s, self._updates = 0.0, 0.0, 0
+        session.on_hint = self._hinted
+        session.on_epoch = self._void
+
+    async def run(self) -> None:
+        """Work until told to leave. Raises what ended it: EngineDead, PeerTimeout, ProtocolError."""
+        async with asyncio.TaskGroup() as tasks:
+            work = [tasks.create_task(loop) for loop in (self._pull_leases(tasks), self._follow_weights(), self._beat())]
+            await self._leaving.wait()
+            for running in list(self._running.values()):
+                if running.task is not None:
+                    running.task.cancel()
+            for task in work:
+                task.cancel()
+
+    def leave(self) -> None:
+        """Hand every lease back and end `run`."""
+        self._leaving.set()
+
+    # --- Leases ---------------------------------------------------------------------------------------------------------
+
+    async def _pull_leases(self, tasks: asyncio.TaskGroup) -> None:
+        while not self._leaving.is_set():
+            held = self._engine.held
+            room = self._config.generators.max_running - sum(running.lease.samples for running in self._running.values())
+            if held is None or room < self._config.batch.group_size:
+                self._say("generating" if self._running else "waiting for weights")
+                await self._wait_for_change()
+                continue
+            pull = Pull(version=held.version, digest=held.digest, room=room)
+            answer = await self._session.ask(pull, timeout_s=self._config.watchdog.orphan_s, what="a lease")
+            if isinstance(answer, Leases):
+                self._say("generating")
+                self._start(answer, tasks)
+            elif isinstance(answer, Wait):
+                self._say("generating" if self._running else "waiting", answer.reason)
+                self._learn_newest(answer.version, answer.digest)
+                if self._newest != self._engine.held:
+                    await self._wait_for_change()
+
+    def _start(self, answer: Leases, tasks: asyncio.TaskGroup) -> None:
+        offset = 0
+        for item in answer.leases:
+            tokens = answer.tokens[offset : offset + item.num_tokens]
+            offset += item.num_tokens
+            running = Running(_lease(item, tokens))
+            self._running[item.number, item.attempt] = running
+            running.task = tasks.create_task(self._answer(running))
+
+    async def _answer(self, running: Running) -> None:
+        """One group: every sample is generated, scored and delivered by itself."""
+        lease = running.lease
+        key = (lease.prompt.number, lease.attempt)
+        try:
+            if lease.kind is LeaseKind.EVALUATE and (self._engine.held is None or self._engine.held.version != lease.version):
+                await self._session.ask(release(lease, "the weights have moved on", failed=False))
+                return
+            samples = [self._sample(running, sample) for sample in range(lease.samples)]
+            await asyncio.gather(*samples)
+        except asyncio.CancelledError:
+            log.info("lease %s dropped: revoked, or this generator leaves", key)
+            if self._leaving.is_set():
+                await asyncio.shield(self._session.ask(release(lease, "the generator leaves", failed=False), timeout_s=2.0))
+            raise
+        finally:
+            self._running.pop(key, None)
+            self._changed.set()
+
+    async def _sample(self, running: Running, sample: int) -> None:
+        lease, epoch = running.lease, self._session.epoch
+        evaluating = lease.kind is LeaseKind.EVALUATE
+        sampling = self._config.evaluation_params() if evaluating else self._config.sampling.params()
+        attempt = attempt_for(lease, sample, sampling, self._config.run.seed)
+        try:
+            completion = await single_turn(self._engine, lease, attempt)
+        except RequestFailed as error:
+            message = error_result(lease, sample, epoch, f"generation failed: {error}")
+        else:
+            running.tokens += len(completion.tokens)
+            message = await self._scored(lease, sample, epoch, completion, time.monotonic() - running.started_at)
+        verdict = await self._session.ask(message, bulk=True, timeout_s=self._config.watchdog.orphan_s, what="a result's status")
+        assert isinstance(verdict, Verdict)
+        self._statuses[verdict.status] = self._statuses.get(verdict.status, 0) + 1
+        if verdict.status == "invalid":
+            log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
+
+    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion, generate_s: float):  # type: ignore[no-untyped-def]
+        score = await self._scorer.score(lease.prompt, completion)
+        if score.error:
+            return error_result(lease, sample, epoch, f"reward failed: {score.error}")
+        return result(lease, sample, epoch, completion, score.reward, score.rewards, generate_s)
+
+    # --- Weights ----------------------------------------------------------------------------------------------------------
+
+    async def _follow_weights(self) -> None:
+        """Apply the newest version whenever there is one, except while an evaluation needs the one we hold."""
+        while True:
+            if self._newest[1] and self._newest != self._engine.held and not self._evaluating():
+                await self._apply(self._newest[0])
+            else:
+                await self._wait_for_change()
+
+    async def _apply(self, version: int) -> None:
+        started = time.monotonic()
+        try:
+            snapshot = await self._source.fetch(version)
+        except SnapshotError as error:
+            log.info("version %d vanished before it was fetched: %s", version, error)
+            await asyncio.sleep(self._config.watchdog.heartbeat_s / 4)  # the next heartbeat brings the newest
+            return
+        try:
+            times = await self._engine.load(snapshot)
+        except SnapshotError as error:
+            log.info("version %d vanished before it was applied: %s", version, error)
+            return
+        finally:
+            self._source.discard(snapshot)
+        self._updates += 1
+        self._apply_s, self._pause_s = time.monotonic() - started, times.pause_s + times.load_s + times.resume_s
+        log.info("version %d applied in %.3f s, generation paused for %.3f s", version, self._apply_s, self._pause_s)
+        self._changed.set()
+
+    def _evaluating(self) -> bool:
+        return any(running.lease.kind is LeaseKind.EVALUATE for running in self._running.values())
+
+    def _hinted(self, hint: VersionHint) -> None:
+        self._learn_newest(hint.version, hint.digest)
+
+    def _learn_newest(self, version: int, digest: str) -> None:
+        if digest and (version, digest) != self._newest:
+            self._newest = (version, digest)
+            self._changed.set()
+
+    # --- Reports -------------------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        assert self._session.welcome is not None
+        while True:
+            statistics = self._engine.statistics()  # raises when the engine is dead, also when it is idle
+            answer = await self._session.ask(self._report(statistics), timeout_s=self._config.watchdog.orphan_s)
+            if isinstance(answer, BeatAnswer):
+                self._learn_newest(answer.version, answer.digest)
+                for key in answer.revoked:
+                    self._drop(key)
+            await asyncio.sleep(self._session.welcome.heartbeat_s)
+
+    def _report(self, statistics) -> Beat:  # type: ignore[no-untyped-def]
+        progress = self._engine.progress()
+        leases = []
+        for (prompt, attempt), running in self._running.items():
+            prefix = f"{running.lease.kind}-{prompt}-{attempt}-"
+            tokens = sum(count for request, count in progress.items() if request.startswith(prefix))
+            leases.append((prompt, attempt, running.tokens + tokens))
+        held = self._engine.held
+        numbers = {
+            "version": float(held.version) if held else -1.0,
+            "running": float(statistics.num_running), "waiting": float(statistics.num_waiting),
+            "kv_usage": statistics.kv_usage, "generated_tokens": float(statistics.generated_tokens),
+            "apply_s": self._apply_s, "pause_s": self._pause_s, "updates": float(self._updates),
+            **{f"results_{status}": float(count) for status, count in self._statuses.items()},
+        }  # fmt: skip
+        return Beat(
+            state=self._state, detail=self._detail, for_s=time.monotonic() - self._since, leases=leases, numbers=numbers
+        )
+
+    def _void(self, epoch: int) -> None:
+        log.info("the broker speaks for epoch %016x now: %d leases are void", epoch, len(self._running))
+        for key in list(self._running):
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        running = self._running.pop(key, None)
+        if running is not None and running.task is not None:
+            running.task.cancel()
+
+    def _say(self, state: str, detail: str = "") -> None:
+        if (state, detail) != (self._state, self._detail):
+            self._state, self._detail, self._since = state, detail, time.monotonic()
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), ROOM_CHECK_S)
+        except TimeoutError:
+            return
+
+
+def _lease(item: LeaseItem, tokens: np.ndarray) -> Lease:  # type: ignore[type-arg]
+    prompt = Prompt(item.number, item.row, np.asarray(tokens, np.int32), item.columns)
+    return Lease(LeaseKind(item.kind), prompt, item.attempt, item.samples, item.version, item.failures, item.ttl_s)

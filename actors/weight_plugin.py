@@ -1,0 +1,128 @@
+"""What runs of ours inside vLLM's own processes: the loading of snapshots, and the guard against orphaned engine cores.
+
+vLLM calls `register` in the front-end, in every engine core and in every worker, because it is declared as the entry
+point `tether` of `vllm.general_plugins`. That every parameter is loaded rests on
+`SnapshotTransferEngine.receive_weights`; that no head keeps old weights, on its `finish_weight_update`; that no
+engine core outlives its generator, on `guard_against_orphanhood`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
+from actors.snapshot_tensors import snapshot_tensors
+from actors.vllm_settings import PLUGIN
+from protocol.errors import Exit
+from protocol.weights import Snapshot, SnapshotError
+
+ORPHAN_POLL_S = 0.5
+
+
+def register() -> None:
+    """Make the backend known to vLLM and, in a process that vLLM spawned, watch its parent. May be called again."""
+    with contextlib.suppress(ValueError):  # registered before
+        WeightTransferEngineFactory.register_engine(PLUGIN, SnapshotTransferEngine)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        guard = threading.Thread(target=guard_against_orphanhood, args=(parent.pid,), name="orphan-guard", daemon=True)
+        guard.start()
+
+
+def guard_against_orphanhood(parent_pid: int) -> None:
+    """Leave when the parent is gone: vLLM's engine core would wait for ever, and hold the device's memory.
+
+    Polled, because the kernel's parent-death signal already fires when the parent's spawning thread ends.
+    """
+    while os.getppid() == parent_pid:
+        time.sleep(ORPHAN_POLL_S)
+    os._exit(Exit.ORPHAN)
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):
+    """There is nothing to set up: every update says where its snapshot lies."""
+
+
+@dataclass
+class SnapshotUpdate(WeightTransferUpdateInfo):
+    """The snapshot to load; it must not change or go before the update has finished."""
+
+    folder: str
+    digest: str
+
+
+class SnapshotTransferEngine(WeightTransferEngine[NoInit, SnapshotUpdate]):
+    """Loads snapshots through vLLM's layer-wise reload, which re-packs each layer as its first load did."""
+
+    init_info_cls = NoInit
+    update_info_cls = SnapshotUpdate
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._tied = set(_tied_layers(self.model))
+        layerwise.initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SnapshotUpdate) -> None:
+        """Load every tensor of the snapshot. Raises SnapshotError if one has no place, or a parameter got no tensor."""
+        snapshot = Snapshot.open(Path(update_info.folder), version=0)
+        if snapshot.digest != update_info.digest:
+            raise SnapshotError(f"{update_info.folder} has become another snapshot: {snapshot.digest[:12]}")
+        self.model.load_weights(snapshot_tensors(snapshot))
+        missing = [name for name, layer in self.model.named_modules() if layer not in self._tied and _is_short(layer)]
+        if missing:
+            raise SnapshotError(f"the snapshot does not fill every parameter of: {', '.join(missing)}")
+
+    def finish_weight_update(self) -> None:
+        """Put what was loaded in place, and re-pack the heads that share their weight with the embedding.
+
+        For the CPU vLLM packs a copy of the head's weight, but reloads only the embedding: the copy would stay.
+        """
+        layerwise.finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _tied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Layers whose parameter belongs to an earlier layer: no tensor comes for them."""
+    owners: dict[int, torch.nn.Module] = {}
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            if owners.setdefault(id(parameter), layer) is not layer:
+                yield layer
+
+
+def _is_short(layer: torch.nn.Module) -> bool:
+    """Whether a layer under reload still waits for elements; rows that only pad the vocabulary do not count."""
+    info = layerwise.get_layerwise_info(layer)
+    if not info.can_load() or is_deferred_attention_layer(layer):
+        return False
+    expected = sum(get_tensor_load_numel(parameter) for parameter in layer.parameters(recurse=False))
+    if isinstance(layer, VocabParallelEmbedding):
+        expected -= layer.shard_indices.num_org_vocab_padding * layer.embedding_dim
+    return bool(info.load_numel < expected)

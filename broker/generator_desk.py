@@ -1,0 +1,169 @@
+"""What the broker does for generators: leases out, results in, weights and files on request.
+
+Every result gets exactly one final status. Which lease goes to whom, and what becomes of a result, is the scheduler's decision; this
+desk checks what a peer claims before the scheduler sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from broker.checks import invalid_reason, trajectory
+from broker.leases import Grant, Refusal
+from broker.leases import Wait as NoLease
+from broker.metrics import evaluation_summary
+from broker.outcome import Later
+from broker.peers import Peer
+from broker.prompts import TooLong
+from broker.run_state import RunState
+from protocol.errors import ProtocolError
+from protocol.messages import (
+    Bytes,
+    Done,
+    FetchChunk,
+    FetchFile,
+    FetchManifest,
+    LeaseItem,
+    Leases,
+    ManifestAnswer,
+    Pull,
+    Release,
+    Result,
+    Status,
+    Verdict,
+    Wait,
+)
+from protocol.types import LeaseKind, Prompt, Trajectory
+from protocol.weights import SnapshotError
+
+log = logging.getLogger("tether.broker")
+
+FILE_PART_BYTES = 4 << 20
+AT_ONCE = {Refusal.NEWER_VERSION, Refusal.UNKNOWN_VERSION, Refusal.TOO_OLD}  # the asker can do something about it now
+
+
+class GeneratorDesk:
+    """Answers Pull, Release, Result and the fetches."""
+
+    def __init__(self, run: RunState) -> None:
+        self._run = run
+
+    def pull(self, peer: Peer, message: Pull, now: float) -> Leases | Wait | Later:
+        run, newest = self._run, self._run.announced
+        peer.seen_at, peer.held = now, (message.version, message.digest)
+        if run.scheduler is None or newest is None:
+            return Later(Wait(reason="waiting for the learner"))
+        wait = {"version": newest.version, "digest": newest.digest}
+        if run.draining or run.verdict:
+            return Later(Wait(reason="the run ends", **wait))
+        known = run.shelf.version(message.version)
+        if known is None or known.digest != message.digest:
+            return Wait(reason=Refusal.UNKNOWN_VERSION.value, **wait)
+        room = message.room // run.config.batch.group_size
+        answer = run.scheduler.pull(peer.id, message.version, room, now, newer_available=newest.version > message.version)
+        if isinstance(answer, NoLease):
+            said = Wait(reason=answer.reason.value, **wait)
+            return said if answer.reason in AT_ONCE and newest.version > message.version else Later(said)
+        items = [item for grant in answer if (item := self._lease(grant)) is not None]
+        if not items:
+            return Later(Wait(reason="prompts were skipped", **wait))
+        run.changed = True
+        tokens = np.concatenate([prompt.tokens for _, prompt in items]).astype(np.int32)
+        return Leases(leases=[item for item, _ in items], tokens=tokens)
+
+    def release(self, peer: Peer, message: Release, now: float) -> Done:
+        scheduler = self._run.scheduler_now()
+        if self._holds(peer, message.attempt, message.number):
+            if message.failed:
+                scheduler.failed(message.attempt, message.reason, now)
+            else:
+                scheduler.released(message.attempt)
+            self._run.changed = True
+        return Done()
+
+    def result(self, peer: Peer, message: Result, now: float) -> Verdict:
+        run = self._run
+        verdict = self._judge(peer, message, now)
+        run.num_results[verdict.status] = run.num_results.get(verdict.status, 0) + 1
+        if verdict.status == Status.ACCEPTED:
+            run.progress_at = now
+            run.num_errors += bool(message.error)
+        run.changed = True
+        self._write_quarantined()
+        self._finish_evaluation(now)
+        return verdict
+
+    def manifest(self, peer: Peer, message: FetchManifest) -> ManifestAnswer:
+        shelved = self._run.shelf.version(message.version)
+        if shelved is None:
+            raise ProtocolError("version", f"version {message.version} is not on the shelf any more; ask for the newest")
+        path = shelved.path if peer.host and peer.host == shelved.host else ""
+        return ManifestAnswer(version=shelved.version, digest=shelved.digest, manifest=shelved.manifest, path=path)
+
+    def chunk(self, message: FetchChunk) -> Bytes:
+        try:
+            return Bytes(data=self._run.shelf.chunk(message.digest, message.index))
+        except (SnapshotError, StopIteration) as error:
+            raise ProtocolError("chunk", f"snapshot {message.digest[:12]} is not to be had any more: {error}") from None
+
+    def file(self, message: FetchFile) -> Bytes:
+        entry = self._run.files.get(message.name)
+        if entry is None:
+            raise ProtocolError("file", f"{message.name[:80]} is no file of the model")
+        with open(entry[0], "rb") as file:
+            file.seek(message.offset)
+            return Bytes(data=np.frombuffer(file.read(FILE_PART_BYTES), np.uint8))
+
+    def _judge(self, peer: Peer, message: Result, now: float) -> Verdict:
+        run, scheduler = self._run, self._run.scheduler_now()
+        if message.epoch != run.epoch:
+            return Verdict(status=Status.STALE_EPOCH, reason="the broker was restored since this lease was given")
+        lease = scheduler.leases.find(message.attempt)
+        if lease is None or lease.holder != peer.id:
+            return Verdict(status=Status.LATE, reason="this lease is not yours any more")
+        config = run.config
+        sampling = config.evaluation_params() if message.evaluation else config.sampling.params()
+        reason = invalid_reason(
+            message, max_tokens=sampling.max_tokens, vocab_size=run.vocab_size,
+            versions=range(lease.grant.version, scheduler.version + 1),
+        )  # fmt: skip
+        answer = trajectory(message)
+        if reason:
+            log.warning("result %d of prompt %d by %s is invalid: %s", message.sample, message.prompt, peer.name, reason)
+            answer = Trajectory(message.prompt, message.attempt, message.sample, None, error=f"invalid: {reason}")
+        status = scheduler.finished(answer, now)
+        return Verdict(status=Status.INVALID.value if reason else status.value, reason=reason)
+
+    def _lease(self, grant: Grant) -> tuple[LeaseItem, Prompt] | None:
+        """The wire's form of a grant; None when its prompt cannot be used, which the ledger then says."""
+        run = self._run
+        evaluating = grant.kind is LeaseKind.EVALUATE
+        prompt = run.source.evaluation[grant.prompt] if evaluating else run.source.prompt(grant.prompt)
+        if isinstance(prompt, TooLong):
+            run.scheduler_now().filtered(grant.attempt, "prompt_too_long")
+            return None
+        item = LeaseItem(
+            kind=grant.kind.value, number=grant.prompt, row=prompt.row, attempt=grant.attempt, samples=grant.samples,
+            version=grant.version, failures=grant.failures, ttl_s=run.config.watchdog.lease_ttl_s,
+            num_tokens=len(prompt.tokens), columns=dict(prompt.columns),
+        )  # fmt: skip
+        return item, prompt
+
+    def _holds(self, peer: Peer, attempt: int, number: int) -> bool:
+        lease = self._run.scheduler_now().leases.find(attempt)
+        return lease is not None and lease.holder == peer.id and lease.grant.prompt == number
+
+    def _write_quarantined(self) -> None:
+        scheduler = self._run.scheduler_now()
+        for number, reason in scheduler.quarantined:
+            log.error("prompt %d is quarantined: %s", number, reason)
+            self._run.write_line("quarantine.jsonl", {"prompt": number, "reason": reason})
+        scheduler.quarantined.clear()
+
+    def _finish_evaluation(self, now: float) -> None:
+        run = self._run
+        answered = run.scheduler_now().take_evaluation()
+        if answered is not None:
+            run.evaluations.append(evaluation_summary(run, answered, now))

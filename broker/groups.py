@@ -1,0 +1,86 @@
+"""What becomes of a leased group: kept, filtered, failed or lost; and of the remainder of a split one.
+
+Owned by the scheduler, in the broker process; pure. That three failures end a prompt and bad luck does not rests on `lose`
+and `_count_failure`. That leases and ledger never disagree rests on every function here closing the lease and moving the
+prompt together.
+"""
+
+from __future__ import annotations
+
+from broker.batches import ScheduleSettings, TakenGroup
+from broker.leases import LeaseTable, OpenLease
+from broker.ledger import MAX_FAILURES, Ledger
+from broker.pacing import Pace
+
+BATCHES_WITHOUT_SIGNAL = 4  # so many batches' worth of groups filtered in a row end the run
+EQUAL_REWARDS = "equal_rewards"  # why a group is filtered that no gradient comes from
+
+
+class Groups:
+    """The end of every training lease that does not end in a batch."""
+
+    def __init__(self, settings: ScheduleSettings, ledger: Ledger, leases: LeaseTable, pace: Pace) -> None:
+        self.verdict = ""  # why the run cannot go on
+        self.quarantined: list[tuple[int, str]] = []  # (prompt, reason), for the server to write down and clear
+        self.ended_remainders: list[TakenGroup] = []  # for the next batch
+        self.num_lost_samples = 0  # of remainders: the one thing that is not generated again
+        self._settings = settings
+        self._ledger = ledger
+        self._leases = leases
+        self._pace = pace
+        self._filtered_in_a_row = 0
+
+    def complete(self, lease: OpenLease, latency_s: float) -> None:
+        """Every sample is in, good or failed."""
+        good = lease.good
+        if lease.handed_over:
+            self.end_remainder(lease)
+        elif len(good) < min(2, self._settings.group_size):
+            self._count_failure(lease, lease.errors[0])
+        else:
+            has_signal = len({trajectory.reward for trajectory in good}) > 1 or not self._settings.filter_equal_rewards
+            self._pace.group_ended(latency_s, is_filtered=not has_signal)
+            if has_signal:
+                self._ledger.finish(lease.grant.prompt)
+                self._filtered_in_a_row = 0
+            else:
+                self.filter(lease, EQUAL_REWARDS)
+
+    def lose(self, lease: OpenLease, crashed: bool) -> None:
+        """A lease ends without its answer, and its prompt goes out again; a remainder keeps what it has."""
+        if lease.handed_over:
+            self.end_remainder(lease)
+        elif crashed and lease.grant.alone:
+            self._count_failure(lease, "its generator crashed while it ran alone")
+        else:
+            self._leases.close(lease)
+            self._ledger.requeue(lease.grant.prompt, crashed)
+
+    def filter(self, lease: OpenLease, reason: str) -> None:
+        """Settles a prompt without training it. Too many in a row, and the run has no signal."""
+        self._leases.close(lease)
+        self._ledger.filter(lease.grant.prompt, reason)
+        self._filtered_in_a_row += 1
+        if self._filtered_in_a_row >= BATCHES_WITHOUT_SIGNAL * self._settings.prompts_per_step:
+            self.verdict = f"no signal: {self._filtered_in_a_row} groups in a row were filtered, the last one: {reason}"
+
+    def end_remainder(self, lease: OpenLease) -> None:
+        """What a remainder has goes into the next batch; its prompt is settled, so what it lost is not made again."""
+        self._leases.close(lease)
+        self.num_lost_samples += lease.grant.samples - len(lease.results)
+        remainder = TakenGroup.remainder_of(lease)
+        if remainder.trajectories:
+            self.ended_remainders.append(remainder)
+
+    def _count_failure(self, lease: OpenLease, reason: str) -> None:
+        """A prompt that failed goes out again, until it is quarantined for good."""
+        prompt = lease.grant.prompt
+        self._leases.close(lease)
+        if self._ledger.count_failure(prompt) < MAX_FAILURES:
+            self._ledger.requeue(prompt)
+            return
+        self._ledger.quarantine(prompt)
+        self.quarantined.append((prompt, reason))
+        if self._ledger.too_many_quarantined:
+            of_all = f"{self._ledger.num_quarantined} of {self._ledger.num_settled} prompts"
+            self.verdict = f"{of_all} failed {MAX_FAILURES} times each; the last one, prompt {prompt}: {reason}"

@@ -1,0 +1,81 @@
+"""The broker's curves: what it alone knows of a batch, of the ledger, of the generators and of an evaluation.
+
+They travel to learner rank 0 with the batch; rank 0 is the one writer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from broker.batches import Batch
+from broker.evaluation import EvaluationResult
+from broker.run_state import RunState
+from protocol.messages import Evaluation, Role
+from protocol.types import Trajectory
+
+NUM_SAMPLES = 8  # answers of an evaluation that are kept as text
+FULL_MARK = 1.0  # a prompt counts as solved when its first reward function gives this or more
+
+
+def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
+    """Curves of one batch at its cut."""
+    scheduler = run.scheduler_now()
+    ages = [scheduler.version - lease.grant.version for lease in scheduler.leases.open.values()]
+    numbers = {f"ledger/{name}": float(count) for name, count in scheduler.ledger.counts().items()}
+    numbers |= _reward_means([trajectory for group in batch.groups for trajectory in group.trajectories])
+    numbers |= {f"broker/results_{status}": float(count) for status, count in run.num_results.items()}
+    numbers["staleness/in_flight"] = float(np.mean(ages)) if ages else 0.0
+    numbers["broker/open_groups"] = float(len(scheduler.leases.open))
+    numbers["completion/error_frac"] = _error_share(run)
+    for peer in run.peers.of_role(Role.GENERATOR):
+        for name in ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s"):
+            if name in peer.numbers:
+                numbers[f"generator/{peer.name}/{name}"] = peer.numbers[name]
+    applied = [peer.numbers["apply_s"] for peer in run.peers.of_role(Role.GENERATOR) if peer.numbers.get("apply_s")]
+    if applied:
+        numbers["weights/apply_s"] = float(np.mean(applied))
+    return numbers
+
+
+def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> dict[str, Any]:
+    """What the learner logs of an evaluation: means over its prompts, and a few answers as text."""
+    answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
+    first = run.config.rewards.functions[0].use
+    solved = sum((trajectory.rewards.get(first) or 0.0) >= FULL_MARK for trajectory in answered)
+    lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
+    summary = Evaluation(
+        version=result.version, num_prompts=len(result.trajectories), accuracy=solved / max(len(result.trajectories), 1),
+        rewards={name.removeprefix("reward/"): value for name, value in _reward_means(answered).items()},
+        length_mean=float(np.mean(lengths)) if lengths else 0.0, errors=len(result.trajectories) - len(answered),
+        duration_s=now - run.evaluation_started_at, samples=[_as_text(run, trajectory) for trajectory in answered[:NUM_SAMPLES]],
+    )  # fmt: skip
+    return summary.model_dump()
+
+
+def _as_text(run: RunState, trajectory: Trajectory) -> dict[str, Any]:
+    assert trajectory.completion is not None
+    prompt = run.source.evaluation[trajectory.prompt]
+    return {
+        "prompt": run.source.decode(prompt.tokens)[-2000:],
+        "completion": run.source.decode(trajectory.completion.tokens)[:4000],
+        "answer": str(prompt.columns.get("answer", ""))[:2000],
+        "reward": trajectory.reward,
+    }
+
+
+def _reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Mean of each function over the trajectories on which it had an opinion."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for trajectory in trajectories:
+        for name, value in trajectory.rewards.items():
+            if value is not None:
+                values[name].append(value)
+    return {f"reward/{name}": float(np.mean(found)) for name, found in values.items()}
+
+
+def _error_share(run: RunState) -> float:
+    total = sum(run.num_results.values())
+    return (run.num_results.get("invalid", 0) + run.num_errors) / total if total else 0.0

@@ -1,0 +1,157 @@
+"""The broker's poll loop: bytes in, bytes out. It decides nothing; `service.py` and what stands behind it do.
+
+Two ROUTER sockets, so that a heartbeat never waits behind trajectories. Every message is decoded, its sender's key checked against
+the role that may send it, and handed to the service; whatever is wrong with it is counted and refused in words, and nothing
+a peer sends can raise past `_serve`. A question that cannot be answered yet is parked here and tried again when something
+changed; after PARK_S it is answered with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import zmq
+
+from broker.outcome import Later
+from protocol.codec import Frames, Header, decode, encode
+from protocol.errors import ProtocolError
+from protocol.messages import Message, Refused, Role, VersionHint
+from protocol.sockets import AllowList
+
+log = logging.getLogger("tether.broker")
+
+PARK_S = 5.0
+TICK_S = 0.25
+BURST = 64  # messages of one socket before the other gets its turn
+
+
+class Handler(Protocol):
+    """What the server needs of a service."""
+
+    epoch: int
+    changed: bool
+    refused: Counter[str]
+
+    def handle(self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float) -> Message | Later: ...
+    def tick(self, now: float) -> None: ...
+    def take_hints(self) -> list[tuple[bytes, VersionHint]]: ...
+
+
+@dataclass(eq=False)
+class Question:
+    """A message and the way back to who sent it."""
+
+    socket: zmq.Socket[Any]
+    route: bytes
+    key: str
+    role: Role
+    frames: Frames
+    asked_at: float
+
+
+class Server:
+    """Owns the sockets; `run` returns when the service says the run is over or `stop` was called."""
+
+    def __init__(self, control: zmq.Socket[Any], bulk: zmq.Socket[Any], allow: AllowList, service: Handler) -> None:
+        self._control, self._bulk, self._allow, self._service = control, bulk, allow, service
+        self._parked: dict[tuple[str, int], Question] = {}  # by (message type, session): a repeated question replaces the first
+        self._stopping = False
+        self.refused: Counter[str] = Counter()
+        service.refused = self.refused
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        for socket in (self._control, self._bulk):
+            poller.register(socket, zmq.POLLIN)
+        while not self._stopping:
+            ready = dict(poller.poll(int(TICK_S * 1000)))
+            for socket in (self._control, self._bulk):
+                if socket in ready:
+                    self._drain(socket)
+            self._service.tick(time.monotonic())
+            self._retry_parked()
+            self._push_hints()
+
+    def _drain(self, socket: zmq.Socket[Any]) -> None:
+        for _ in range(BURST):
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._serve(socket, parts)
+
+    def _serve(self, socket: zmq.Socket[Any], parts: list[zmq.Frame]) -> None:
+        route, payload = parts[0].bytes, [part.buffer for part in parts[1:]]
+        sequence = 0
+        try:
+            key = str(parts[-1].get("User-Id")) if len(parts) > 1 else ""
+            role = self._allow.roles.get(key)
+            if role is None:
+                raise ProtocolError("key", "this key is not listed any more")
+            frames = decode(payload)
+            sequence = frames.header.sequence
+            kind = type(frames.message)
+            if kind.roles is None or role not in kind.roles:
+                raise ProtocolError("role", f"a {role} may not send {kind.__name__}")
+            self._answer(Question(socket, route, key, role, frames, time.monotonic()))
+        except ProtocolError as error:
+            self._refuse(socket, route, sequence, error)
+        except Exception as error:  # one message's failure is its sender's; a bug of ours must not take the run down
+            log.exception("a message of %s could not be handled", route.hex())
+            self._refuse(socket, route, sequence, ProtocolError("internal", f"{type(error).__name__} in the broker; see its log"))
+
+    def _answer(self, question: Question) -> None:
+        message, header = question.frames.message, question.frames.header
+        answer = self._service.handle(message, header, question.key, question.role, question.route, time.monotonic())
+        if isinstance(answer, Later):
+            self._parked[type(message).__name__, header.session] = question
+        else:
+            self._send(question, answer)
+
+    def _retry_parked(self) -> None:
+        """Ask again what could not be answered, when something changed or time is up."""
+        changed, now = self._service.changed, time.monotonic()
+        self._service.changed = False
+        for place, question in list(self._parked.items()):
+            overdue = now - question.asked_at >= PARK_S
+            if not (changed or overdue):
+                continue
+            del self._parked[place]
+            try:
+                message, header = question.frames.message, question.frames.header
+                answer = self._service.handle(message, header, question.key, question.role, question.route, now)
+            except ProtocolError as error:
+                self._refuse(question.socket, question.route, question.frames.header.sequence, error)
+                continue
+            if isinstance(answer, Later) and not overdue:
+                self._parked[place] = question
+            else:
+                self._send(question, answer.wait if isinstance(answer, Later) else answer)
+
+    def _push_hints(self) -> None:
+        for route, hint in self._service.take_hints():
+            self._transmit(self._control, route, hint, Header(self._service.epoch, 0, 0))
+
+    def _send(self, question: Question, answer: Message) -> None:
+        header = Header(self._service.epoch, question.frames.header.session, question.frames.header.sequence)
+        self._transmit(question.socket, question.route, answer, header)
+
+    def _refuse(self, socket: zmq.Socket[Any], route: bytes, sequence: int, error: ProtocolError) -> None:
+        self.refused[error.code] += 1
+        if self.refused[error.code] <= 5 and error.code != "session":
+            log.warning("refused a message (%s): %s", error.code, error.text)
+        refusal = Refused(code=error.code[:100], text=error.text[:2000])
+        self._transmit(socket, route, refusal, Header(self._service.epoch, 0, sequence))
+
+    def _transmit(self, socket: zmq.Socket[Any], route: bytes, message: Message, header: Header) -> None:
+        try:
+            socket.send_multipart([route, *encode(message, header)], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            self.refused["unreachable"] += 1  # the peer left or does not read; it asks again

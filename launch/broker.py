@@ -1,0 +1,73 @@
+"""The broker: prompts out, trajectories in, batches on. Started by launch/cluster.py: `launch/broker.py --run-dir RUN`.
+
+Imports no torch, so that it answers "who waits for what" while everything else hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import zmq
+
+from launch.log_lines import log_to_stderr
+from launch.parent import leave_with_parent
+from protocol import settings
+from protocol.addresses import Addresses, host_identity
+from protocol.errors import Exit, TetherError
+from protocol.keys import allowed_keys, read_server_key
+from protocol.sockets import AllowList, bind_router, self_test, start_authenticator
+
+log = logging.getLogger("tether.broker")
+
+
+def serve(run_dir: Path) -> None:
+    """Bind, prove that strangers are refused, and serve until told to stop."""
+    from broker.open_run import open_run
+    from broker.server import Server
+    from broker.service import Service
+
+    config = settings.load(run_dir / "config.yaml")
+    addresses = Addresses.read(run_dir)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.setsockopt(zmq.MAX_SOCKETS, 8192)
+    allow = AllowList(allowed_keys(run_dir))
+    authenticator = start_authenticator(context, allow)
+    try:
+        key = read_server_key(run_dir)
+        control, bulk = bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key)
+        for address in addresses:
+            self_test(context, address, key)
+        server = Server(control, bulk, allow, Service(open_run(config, run_dir, host_identity())))
+        signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        signal.signal(signal.SIGINT, lambda *_: server.stop())
+        log.info("serving at %s and %s", *addresses)
+        server.run()
+    finally:
+        authenticator.stop()
+        context.destroy(linger=200)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder with config.yaml, broker.json and keys/")
+    args = parser.parse_args(argv)
+    log_to_stderr("broker")
+    leave_with_parent(os.environ)
+    try:
+        serve(args.run_dir)
+    except TetherError as error:
+        log.error("%s", error)
+        return int(error.exit_code)
+    return int(Exit.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

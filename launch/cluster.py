@@ -1,0 +1,193 @@
+"""A whole run on this machine: settings, plan, processes, console, summary.
+
+    python launch/cluster.py --generators 2 --learner-gpus 6
+
+Holds the run's folder, starts broker, learner ranks and generators (`launch/supervisor.py`), and draws what they do until the
+learner is done. The first Ctrl-C ends the run in order, the second at once; either can be continued with --resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch import preflight
+from launch.broker_line import BrokerLine
+from launch.console import Console, open_screen
+from launch.devices import detect
+from launch.flags import CommandLine, parse
+from launch.make import make
+from launch.plan import Devices, Paths, Plan, implied_settings, plan
+from launch.run_folder import RunFolder, choose_addresses, free_ports, newest_run
+from launch.summary import summary
+from launch.supervisor import Supervisor, Verdict
+from protocol.errors import ConfigError, Exit, TetherError
+from protocol.setting_names import known_keys, nearest
+from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = REPOSITORY / "launch" / "recipes"
+TICK_S = 0.1
+DRAW_EVERY = 4  # ticks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _main(parse(arguments), arguments, os.environ)
+    except TetherError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(Exit.INTERRUPTED)
+
+
+def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    settings, run_dir, to_make = _settings(command, environ)
+    devices = detect(settings.config.run.device, environ)
+    settings = settings.override(implied_settings(settings.config, devices))
+    resume = command.resume is not None
+    paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
+    planned = plan(settings.config, devices, paths, resume=resume)
+    if not to_make:
+        preflight.check(settings.config)
+    if command.dry_run:
+        print(
+            _as_json(planned, settings, devices, run_dir) if command.as_json else _as_text(planned, settings, run_dir)
+        )
+        return int(Exit.DONE)
+
+    addresses = choose_addresses(settings.config.network.bind)
+    folder = RunFolder.reopen(run_dir) if resume else RunFolder.create(run_dir)
+    if to_make:
+        settings = make(to_make, settings, run_dir / "task", REPOSITORY)
+        preflight.check(settings.config)
+    folder.write(settings, ["python", "launch/cluster.py", *arguments], addresses)
+    return asyncio.run(_supervise(planned, settings, run_dir, environ)).code
+
+
+async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: Mapping[str, str]) -> Verdict:
+    """Start everything and stay with it until nothing is left; then say how it ended and what came of it."""
+    config, screen = settings.config, open_screen()
+    console = Console(config, run_dir, screen)
+    broker = BrokerLine(run_dir, "cluster", console.answered)
+    supervisor = Supervisor(
+        planned, run_dir / "logs", environ, config.run.drain_s, config.generators.restarts, broker.drain, console.tell
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: supervisor.interrupt())
+    following = asyncio.get_running_loop().create_task(broker.follow())
+    try:
+        supervisor.start()
+        console.start()
+        console.tell(f"{len(planned.processes)} processes started; logs in {run_dir / 'logs'}")
+        ticks = 0
+        while (verdict := supervisor.tick()) is None:
+            if ticks % DRAW_EVERY == 0:
+                console.update(supervisor.processes())
+            ticks += 1
+            await asyncio.sleep(TICK_S)
+        console.update(supervisor.processes())
+    finally:
+        supervisor.close()
+        console.close()
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        await broker.close()
+    for line in ["", *summary(run_dir, screen.width), *_last_words(verdict, run_dir)]:
+        print(line)
+    return verdict
+
+
+def _settings(command: CommandLine, environ: Mapping[str, str]) -> tuple[Settings, Path, str]:
+    """The run's settings, its folder, and what its recipe wants made first."""
+    outer = [*from_environment(environ), *command.values]
+    if command.resume is not None:
+        given = build(outer).config.run
+        run_dir = (
+            Path(command.resume)
+            if command.resume
+            else Path(given.out, given.name)
+            if given.name
+            else newest_run(Path(given.out))
+        )
+        saved = read_saved(run_dir / "config.yaml") if run_dir.is_dir() else []
+        return _absolute(build(saved, outer)), run_dir.resolve(), ""
+    recipe = read_recipe(find_recipe(command.recipe)) if command.recipe else None
+    settings = _absolute(build(recipe.values if recipe else [], outer))
+    label = Path(command.recipe).stem if command.recipe else "run"
+    name = settings.config.run.name or f"{label}-{time.strftime('%m%d-%H%M%S')}"
+    run_dir = Path(settings.config.run.out, name).resolve()
+    return (
+        settings.override([Value("run.name", name, settings.origin("run.name"))]),
+        run_dir,
+        recipe.make if recipe else "",
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or the recipe of that name. Raises ConfigError naming the nearest recipe."""
+    if Path(name).is_file():
+        return Path(name)
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name in known:
+        return RECIPES / f"{name}.yaml"
+    meant = f"; did you mean {nearest(name, known)}?" if known else ""
+    raise ConfigError(
+        f"expected a recipe's name or file behind --recipe, got {name}; there are {', '.join(known)}{meant}"
+    )
+
+
+def _absolute(settings: Settings) -> Settings:
+    """The same, with files named from the root: the run may be continued from another folder."""
+    keys = ("model.path", "data.train", "data.eval", "data.system")
+    values = [
+        value for value in settings.values.values() if value.key in keys and value.value and Path(value.value).exists()
+    ]
+    return settings.override([value._replace(value=str(Path(value.value).resolve())) for value in values])
+
+
+def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:
+    lines = [f"{run_dir} (nothing is started)", ""]
+    lines += [f"{process.name:<13} {process.device:<10} {' '.join(process.argv)}" for process in planned.processes]
+    lines += ["", *(f"{topic:<11} {sentence}" for topic, sentence in planned.notes), ""]
+    given = [(value.key, value.value, value.origin) for value in settings.values.values()]
+    return "\n".join([*lines, *(f"{key} = {value}  ({origin})" for key, value, origin in given)])
+
+
+def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path) -> str:
+    fields = {
+        "run_dir": str(run_dir),
+        "devices": {"kind": devices.kind, "cores": devices.cores, "cards": [card.name for card in devices.cards]},
+        "processes": [
+            {"name": p.name, "role": p.role, "device": p.device, "argv": list(p.argv), "env": dict(p.env)}
+            for p in planned.processes
+        ],
+        "notes": dict(planned.notes),
+        "settings": settings.config.model_dump(mode="json"),
+        "origins": {key: origin for key in known_keys() if (origin := settings.origin(key)) != DEFAULT},
+    }
+    return json.dumps(fields, indent=2)
+
+
+def _last_words(verdict: Verdict, run_dir: Path) -> list[str]:
+    if verdict.code == Exit.DONE:
+        return [f"done: {verdict.text} ({run_dir})"]
+    word = "stopped" if verdict.code == Exit.INTERRUPTED else "failed"
+    return [f"{word}: {verdict.text}", f"resume: python launch/cluster.py --resume {run_dir}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""How a run is drawn: a frame for a terminal, lines for a pipe. Pure; `launch/console.py` puts them on the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launch.bottleneck import bottleneck
+from launch.chart import printable, sparkline
+from launch.history import Row
+from launch.picture import (
+    RECENT_STEPS,
+    Doing,
+    Picture,
+    doings,
+    duration,
+    left_s,
+    num_steps,
+    seconds_per_step,
+    steps_done,
+)
+
+
+def frame(picture: Picture) -> RenderableType:
+    """The live view of a terminal."""
+    lines: list[RenderableType] = [_line(_title(picture), "bold"), _progress(picture)]
+    if picture.warmup and not picture.steps:
+        lines.append(_line(_warm_start(picture)))
+    if picture.steps:
+        lines += [_line(text) for text in (_curves(picture), _staleness(picture)) if text]
+    if picture.status.get("ledger"):
+        lines.append(_line(_ledger(picture.status["ledger"]), "dim"))
+    lines.append(_table(picture))
+    lines.append(_line(f"bottleneck: {bottleneck(picture.waiting, picture.config)}"))
+    lines.append(_line(f"logs: {picture.run_dir}/logs   curves: tensorboard --logdir {picture.run_dir}", "dim"))
+    return Group(*lines)
+
+
+def step_line(row: Row, picture: Picture) -> str:
+    """One finished step."""
+    parts = [f"step {row['step'] + 1}/{num_steps(picture) or '?'}"]
+    named = (
+        ("reward", "reward/mean", "{:.3f}"),
+        ("kl", "policy/kl", "{:.4f}"),
+        ("entropy", "policy/entropy", "{:.2f}"),
+        ("length", "completion/length_mean", "{:.0f}"),
+        ("staleness", "staleness/mean", "{:.1f}"),
+        ("waited", "time/waiting_for_trajectories", "{:.0%}"),
+    )
+    parts += [f"{label} {form.format(row[key])}" for label, key, form in named if row.get(key) is not None]
+    pace = seconds_per_step(picture.steps)
+    return "  ".join([*parts, *([f"{pace:.2f} s/step  ETA {duration(left_s(picture, pace))}"] if pace else [])])
+
+
+def evaluation_line(row: Row) -> str:
+    asked = row["num_prompts"]
+    right = round(row["accuracy"] * asked)
+    return f"evaluation of version {row['version']}: accuracy {row['accuracy']:.1%} ({right} of {asked})"
+
+
+def warmup_line(row: Row, picture: Picture) -> str | None:
+    """The supervised warm start, every fifth of it."""
+    done, total = row["step"] + 1, picture.config.warmup.steps
+    return f"warm start {done}/{total}  loss {row['warmup/loss']:.3f}" if done % max(1, total // 5) == 0 else None
+
+
+def waiting_line(picture: Picture, for_s: float) -> str:
+    """Who waits for what when no step has ended for a while."""
+    if not picture.status:
+        states = ", ".join(f"{seen.name} {seen.state}" for seen in picture.processes)
+        return f"waiting {for_s:.0f} s for the broker's first answer  {states}"
+    each = " | ".join(f"{doing.name}: {doing.state}{_since(doing)}" for doing in doings(picture))
+    return f"waiting {for_s:.0f} s for step {steps_done(picture) + 1}  {each}"
+
+
+def stamp(text: str, now: float) -> str:
+    """A line of a pipe's log: the time of day in front."""
+    return f"{time.strftime('%H:%M:%S', time.localtime(now))} {text}"
+
+
+def _title(picture: Picture) -> str:
+    config = picture.config
+    generators = f"{config.generators.count} generator{'s' * (config.generators.count != 1)}"
+    ranks = f"{config.learner.ranks} learner rank{'s' * (config.learner.ranks != 1)}"
+    return f"{picture.name}   {config.algorithm.name.upper()} · {config.model.path} · {generators} + {ranks}"
+
+
+def _progress(picture: Picture) -> RenderableType:
+    total, done = num_steps(picture), steps_done(picture)
+    if not total:
+        return _line("starting: the broker reads the data")
+    row = Table.grid(padding=(0, 2), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    pace = seconds_per_step(picture.steps)
+    speed = f"   {pace:.2f} s/step   ETA {duration(left_s(picture, pace))}" if pace else ""
+    phase = picture.status.get("phase", "no answer from the broker")
+    if phase == "running":
+        phase = f"version {picture.status['version']}"
+    told = f"{done / total:.0%}{speed}   {phase}"
+    row.add_row(f"step {done}/{total}", ProgressBar(total=total, completed=done), Text(told))
+    return row
+
+
+def _since(doing: Doing) -> str:
+    return f" {duration(doing.for_s)}" if doing.for_s else ""
+
+
+def _curves(picture: Picture) -> str:
+    rewards = [row["reward/mean"] for row in picture.steps if row.get("reward/mean") is not None]
+    parts = [f"reward {rewards[-1]:.3f} {sparkline(rewards, 16)}"] if rewards else []
+    if len(rewards) > RECENT_STEPS:
+        parts[-1] += f" ({rewards[-1] - rewards[-1 - RECENT_STEPS]:+.3f}/{RECENT_STEPS})"
+    if picture.evaluations:
+        first, last = picture.evaluations[0], picture.evaluations[-1]
+        parts.append(f"eval {last['accuracy']:.1%} @v{last['version']}")
+        if last["version"] != first["version"]:
+            parts[-1] += f" (was {first['accuracy']:.1%})"
+    row = picture.steps[-1]
+    named = (
+        ("kl", "policy/kl", "{:.4f}"),
+        ("entropy", "policy/entropy", "{:.2f}"),
+        ("length", "completion/length_mean", "{:.0f}"),
+        ("cut off", "completion/truncated_frac", "{:.1%}"),
+    )
+    parts += [f"{label} {form.format(row[key])}" for label, key, form in named if row.get(key) is not None]
+    return "   ".join(parts)
+
+
+def _warm_start(picture: Picture) -> str:
+    losses = [row["warmup/loss"] for row in picture.warmup if row["warmup/loss"] is not None]
+    done = f"warm start {len(picture.warmup)}/{picture.config.warmup.steps}"
+    return f"{done}   loss {losses[-1]:.3f} {sparkline(losses, 16)}" if losses else done
+
+
+def _staleness(picture: Picture) -> str:
+    row = picture.steps[-1]
+    if row.get("staleness/mean") is None:
+        return ""
+    mean, oldest, bound = row["staleness/mean"], row["staleness/max"], picture.config.staleness.max
+    speed = row.get("throughput/tokens_per_s")
+    trained = f"   trained {speed:,.0f} tok/s" if speed else ""
+    return f"staleness mean {mean:.2f}  max {oldest:.0f} of {bound}{trained}"
+
+
+def _ledger(counts: Mapping[str, int]) -> str:
+    names = ("offered", "queued", "leased", "finished", "trained", "filtered", "failed")
+    shown = [f"{name} {counts[name]:,}" for name in names if name in counts]
+    reasons = [f"{printable(name)} {count:,}" for name, count in counts.items() if "/" in name and count]
+    return "prompts  " + "  ".join(shown) + (f"  ({', '.join(reasons)})" if reasons else "")
+
+
+def _table(picture: Picture) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True, header_style="dim")
+    for heading, options in (
+        ("process", {"no_wrap": True}),
+        ("device", {"no_wrap": True}),
+        ("doing", {"no_wrap": True, "ratio": 1, "overflow": "ellipsis"}),
+        ("for", {"no_wrap": True, "justify": "right"}),
+        ("rate", {"no_wrap": True, "justify": "right"}),
+        ("version", {"no_wrap": True, "justify": "right"}),
+    ):
+        table.add_column(heading, **options)
+    for doing in doings(picture):
+        rate = f"{doing.rate:,.0f} tok/s" if doing.rate is not None else ""
+        version = str(doing.version) if doing.version is not None and doing.version >= 0 else ""
+        since = duration(doing.for_s) if doing.for_s else ""
+        table.add_row(*(Text(cell) for cell in (doing.name, doing.device, doing.state, since, rate, version)))
+    return table
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)

@@ -1,0 +1,156 @@
+"""A generator: samples and scores completions for a run, here or on any host that reaches its broker.
+
+    python launch/generator.py --connect tcp://HOST:PORT --key generator.key     joins a running job, may leave at any time
+    python launch/generator.py --run-dir RUN --name generator-0                  as launch/cluster.py starts it
+
+Needs no weights on its disk: the model's config and tokenizer come from the broker, the weights from the learner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.log_lines import log_to_stderr
+from launch.parent import leave_with_parent
+from protocol.addresses import Addresses, host_identity
+from protocol.config import Config
+from protocol.errors import Exit, TetherError
+from protocol.keys import read_client_key
+from protocol.messages import Hello, Role
+from protocol.session import Session
+from protocol.shared_memory import private_folder
+
+log = logging.getLogger("tether.generator")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--connect", metavar="tcp://HOST:PORT", help="the broker's control address (broker.json in the run folder)"
+    )
+    where.add_argument("--run-dir", type=Path, help="a run on this host")
+    parser.add_argument("--key", type=Path, help="key file; RUN/keys/generator.key of the run's host")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default: as the run does")
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="FILE.py:NAME", help="reward code the run uses from a file"
+    )
+    args = parser.parse_args(argv)
+    if args.connect and not args.key:
+        parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
+    return args
+
+
+async def generate(args: argparse.Namespace) -> None:
+    """Join, fetch what is needed, work until told to leave."""
+    from actors.engines import build_engine, engine_environment
+    from actors.generator import Generator
+    from actors.model_files import fetch_model_files
+    from actors.scorer import Scorer, reward_digest
+    from actors.snapshot_source import SnapshotSource
+
+    addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
+    key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
+    digest = reward_digest(args.reward)
+    incarnation = secrets.randbits(62)
+
+    def hello() -> Hello:
+        return Hello(
+            role=Role.GENERATOR.value,
+            name=args.name,
+            incarnation=incarnation,
+            host=host_identity(),
+            reward_digest=digest,
+        )
+
+    session = await Session.open(addresses, key, hello, timeout_s=120.0)
+    assert session.welcome is not None
+    config = Config.model_validate(session.welcome.settings)
+    staging = private_folder(f"generator-{args.name.replace('/', '_')}")
+    scorer = engine = None
+    try:
+        model = await fetch_model_files(session, staging / "model")
+        device = args.device or config.run.device
+        os.environ.update(engine_environment(config, device))
+        scorer = Scorer(config, model, args.reward)
+        await scorer.start()
+        engine = build_engine(config, model, device, seed=incarnation & 0x7FFFFFFF)
+        await _start_engine(engine, session, config)
+        generator = Generator(
+            session, engine, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, generator.leave)
+        await generator.run()
+    finally:
+        with contextlib.suppress(TetherError):
+            await session.close(farewell="leaves")
+        if engine is not None:
+            await engine.close()
+        if scorer is not None:
+            await scorer.close()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+async def _start_engine(engine, session: Session, config: Config) -> None:  # type: ignore[no-untyped-def]
+    """Building takes seconds to minutes: the broker hears meanwhile what takes so long."""
+    from protocol.messages import Beat
+
+    build = asyncio.get_running_loop().create_task(engine.start())
+    started = asyncio.get_running_loop().time()
+    while not build.done():
+        for_s = asyncio.get_running_loop().time() - started
+        await session.ask(Beat(state="starting the engine", for_s=for_s), timeout_s=config.watchdog.orphan_s)
+        await asyncio.wait([build], timeout=config.watchdog.heartbeat_s)
+    await build
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    log_to_stderr(args.name)
+    leave_with_parent(os.environ)
+    try:
+        asyncio.run(generate(args))
+    except BaseExceptionGroup as group:
+        return _report(_first(group))
+    except (TetherError, KeyboardInterrupt) as error:
+        return _report(error)
+    return int(Exit.DONE)
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:  # type: ignore[type-arg]
+    """The error that ended the work; what was cancelled because of it says nothing."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = next((inner for inner in error.exceptions if isinstance(inner, TetherError)), error.exceptions[0])
+    return error
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, TetherError):
+        log.error("%s", error)
+        return int(error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return int(Exit.INTERRUPTED)
+    log.critical("unexpected end", exc_info=error)
+    return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # engines leave threads behind that would hold the interpreter up

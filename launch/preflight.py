@@ -1,0 +1,66 @@
+"""What can be known to go wrong before anything starts. Edge: looks at folders, memory and installed packages.
+
+Each check raises with what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from protocol.config import Config
+from protocol.errors import ConfigError, PreflightError
+
+SNAPSHOTS = 3
+"""Weights that lie in shared memory at a time: the newest, the one being read, the one being written."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
+    """Raises PreflightError or ConfigError for the first thing that is missing."""
+    check_packages(config)
+    check_model(config.model.path)
+    check_shared_memory(Path(config.model.path), shared_memory)
+
+
+def check_packages(config: Config) -> None:
+    """The engines that this run will import can be found."""
+    engine = {"vllm": ["vllm"], "transformers": ["transformers"], "fake": []}[config.generators.engine]
+    for package in [*(engine if config.generators.count else []), "torch", "deepspeed"]:
+        if importlib.util.find_spec(package) is None:
+            raise PreflightError(
+                f"this run needs the package {package}, which this Python does not have; run make setup"
+            )
+
+
+def check_model(model: str) -> None:
+    """A folder has a config and a tokenizer. A name without a folder is left to Hugging Face."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+            raise ConfigError(
+                f"expected a model folder or a name on Hugging Face, found no folder {model}; set --model"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"expected a config.json in the model folder {folder}, found none; set --model to a folder that has one"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"expected a tokenizer ({', '.join(TOKENIZER_FILES)}) in the model folder {folder}, found none; "
+            "copy the tokenizer's files of the base model there"
+        )
+
+
+def check_shared_memory(model: Path, shared_memory: Path) -> None:
+    """Room for the snapshots of a model whose size can be seen."""
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors")) if model.is_dir() else 0
+    if size and shared_memory.is_dir() and shutil.disk_usage(shared_memory).free < SNAPSHOTS * size:
+        free = shutil.disk_usage(shared_memory).free
+        raise PreflightError(
+            f"weights travel through {shared_memory}, which needs room for {SNAPSHOTS} snapshots of {size / 1e9:.2f} GB, but "
+            f"{free / 1e9:.2f} GB are free; enlarge it (docker: --shm-size), or remove what lies there"
+        )

@@ -1,0 +1,58 @@
+"""What one batch says about itself: rewards, lengths, staleness. Pure; every rank could compute the reward part, rank 0 does.
+
+The token statistics are of this rank's completions: `batch_sums` are added up over the ranks, `token_curves` makes curves of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from learner.batches import token_versions
+from protocol.types import FinishReason, Share
+
+
+def batch_sums(share: Share, bound: int) -> dict[str, float]:
+    """Additive statistics of one rank's completions. `bound` is S; tokens beyond it belong to remainders and are left out."""
+    sums = {"completions": 0.0, "tokens": 0.0, "truncated": 0.0, "staleness": 0.0, "left_out": 0.0}
+    for item in share.items:
+        completion = item.completion
+        staleness = share.step - token_versions(completion)
+        sums["completions"] += 1
+        sums["tokens"] += len(completion.tokens)
+        sums["truncated"] += completion.finish_reason is FinishReason.LENGTH
+        sums["staleness"] += float(staleness.sum())
+        sums["left_out"] += float((staleness > bound).sum())
+    return sums
+
+
+def batch_maxima(share: Share) -> dict[str, float]:
+    """Largest values over one rank's completions."""
+    lengths = [len(item.completion.tokens) for item in share.items]
+    oldest = [share.step - item.completion.oldest_version for item in share.items]
+    return {"completion/length_max": float(max(lengths, default=0)), "staleness/max": float(max(oldest, default=0))}
+
+
+def token_curves(sums: dict[str, float]) -> dict[str, float]:
+    """Curves from `batch_sums` added up over the ranks."""
+    completions, tokens = max(sums["completions"], 1.0), max(sums["tokens"], 1.0)
+    return {
+        "completion/count": sums["completions"],
+        "completion/length_mean": sums["tokens"] / completions,
+        "completion/truncated_frac": sums["truncated"] / completions,
+        "staleness/mean": sums["staleness"] / tokens,
+        "staleness/left_out_frac": sums["left_out"] / tokens,
+    }
+
+
+def reward_curves(share: Share) -> dict[str, float]:
+    """Of the whole batch: its reward table is in every share. A missing sample is NaN there and counts nowhere."""
+    table = share.rewards
+    present = ~np.isnan(table)
+    if not present.any():
+        return {"reward/mean": 0.0, "reward/std": 0.0, "reward/equal_group_frac": 1.0}
+    groups = [row[mask] for row, mask in zip(table, present, strict=True) if mask.any()]
+    return {
+        "reward/mean": float(table[present].mean()),
+        "reward/std": float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups])),
+        "reward/equal_group_frac": float(np.mean([bool((group == group[0]).all()) for group in groups])),
+    }

@@ -1,0 +1,107 @@
+"""Every curve of a run, and their one writer: learner rank 0. The only file that imports tensorboard.
+
+A curve that is not in `CURVES` cannot be written, so the table below is all there is. Both files are cut back on resume
+(`MetricsWriter`), so a resumed run has one point per step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO
+
+from torch.utils.tensorboard import SummaryWriter
+
+CURVES = {
+    "reward/mean": "mean reward of the completions a step trained",
+    "reward/std": "their standard deviation",
+    "reward/equal_group_frac": "groups whose rewards are all equal: they carry no signal",
+    "reward/*": "mean of one reward function, before its weight",
+    "eval/accuracy": "mean reward of the greedy completions of the held-out prompts",
+    "eval/*": "mean of one reward function over the held-out prompts",
+    "policy/loss": "clipped-ratio loss of the batch",
+    "policy/kl": "KL of the sampling policies against the current one, per token (k1)",
+    "policy/entropy": "mean entropy of the current policy's next-token distribution",
+    "policy/clip_frac_low": "tokens whose ratio was clipped below, of all in the loss",
+    "policy/clip_frac_high": "tokens whose ratio was clipped above, of all in the loss",
+    "policy/grad_norm": "norm of the gradient before clipping",
+    "policy/lr": "learning rate",
+    "policy/skipped_steps": "steps so far that were skipped because loss or gradient was not finite",
+    "policy/micro_batches": "forward and backward passes of each rank",
+    "staleness/mean": "version in training minus version of the token, mean over tokens",
+    "staleness/max": "the same, of the oldest token in the loss",
+    "staleness/in_flight": "groups that are leased or finished and not yet in a batch",
+    "staleness/left_out_frac": "tokens too old for the loss, of all that arrived",
+    "mismatch/kl": "generator against learner, per token (k3)",
+    "mismatch/ratio_mean": "mean of learner's over generator's probability; 1 without mismatch or drift",
+    "mismatch/ess": "effective sample size of those ratios, of 1",
+    "mismatch/missing_logprobs": "tokens left out because the generator gave no log-probability",
+    "completion/length_mean": "tokens of a completion",
+    "completion/length_max": "tokens of the longest completion",
+    "completion/truncated_frac": "completions cut off at sampling.max_tokens",
+    "completion/error_frac": "completions without a reward because generation or a reward function failed",
+    "warmup/loss": "mean negative log-probability of an answer token in the supervised warm start",
+    "warmup/lr": "its learning rate",
+    "warmup/grad_norm": "its gradient norm before clipping",
+    "ledger/*": "prompts by what became of them",
+    "broker/*": "the broker's own counters",
+    "time/*": "share of the learner's time in one state; they add up to 1",
+    "throughput/tokens_per_s": "completion tokens trained per second",
+    "throughput/samples_per_s": "completions trained per second",
+    "weights/publish_s": "how long the learner stood still for a snapshot",
+    "weights/apply_s": "how long a generator stood still to load one",
+    "weights/bytes": "size of a snapshot",
+    "generator/*": "one generator's numbers, by its id",
+}
+
+
+class MetricsWriter:
+    """Appends to `run_folder`/metrics.jsonl and `run_folder`/tensorboard. Open it in one process only."""
+
+    def __init__(self, run_folder: Path, first_step: int = 0) -> None:
+        """Points at `first_step` and later are removed: the steps from there on are about to be run again."""
+        run_folder.mkdir(parents=True, exist_ok=True)
+        path = run_folder / "metrics.jsonl"
+        _cut(path, first_step)
+        self._lines: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step, flush_secs=10)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line and one point per curve. What is not finite is null in the file and no point."""
+        for name in values:
+            assert is_known(name), f"{name} is not in metrics.CURVES"
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
+        self._lines.flush()
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+
+def is_known(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in CURVES)
+
+
+def _cut(path: Path, first_step: int) -> None:
+    """Keep the lines of earlier steps; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < first_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,119 @@
+"""What a run leaves behind: curves, samples, evaluations, checkpoints. Rank 0 writes; the others only join the checkpoint.
+
+The checkpoint holds the ledger as of the cut of the batch it was trained on, so that after any crash each prompt has influenced
+the surviving weights exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from learner import checkpoint
+from learner.announcer import Announcer
+from learner.link import Link, Taken
+from learner.metrics import MetricsWriter
+from learner.policy import Policy
+from learner.ranks import Ranks
+from learner.samples import write_samples
+from protocol.config import Config
+from protocol.messages import Evaluation
+from protocol.types import Share
+
+log = logging.getLogger("tether.recorder")
+
+
+class Recorder:
+    """One per rank. `first_version`: where this process starts; later points of an earlier try are cut off."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, ranks: Ranks, policy: Policy, link: Link, announcer: Announcer, model_path: str,
+        first_version: int, ledger: bytes,
+    ) -> None:  # fmt: skip
+        self._config, self._run_dir, self._ranks, self._policy, self._link = config, run_dir, ranks, policy, link
+        self._announcer = announcer
+        self._ledger = ledger
+        self._saved_version = first_version if first_version else -1
+        self._writer = MetricsWriter(run_dir, first_version) if ranks.is_first else None
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path) if ranks.is_first else None
+
+    def step(self, taken: Taken, curves: dict[str, float], step_s: float) -> None:
+        """Curves and samples of one step, and the evaluations that arrived since the last one."""
+        self._ledger = taken.ledger
+        if self._writer is None:
+            return
+        share = taken.share
+        tokens = curves["completion/length_mean"] * curves.pop("completion/count")
+        curves["throughput/tokens_per_s"] = tokens / max(step_s, 1e-9)
+        curves["throughput/steps_per_min"] = 60.0 / max(step_s, 1e-9)
+        curves["weights/publish_s"] = self._announcer.stall_s
+        curves["weights/bytes"] = float(self._announcer.snapshot_bytes)
+        self._writer.write(share.step, curves)
+        self._link.heartbeat_numbers = {name: curves[name] for name in SHOWN if name in curves}
+        write_samples(self._run_dir, share.step, self._samples(share))
+        self.evaluations()
+
+    def warmup(self, step: int, values: dict[str, float]) -> None:
+        """Curves of the supervised warm start."""
+        if self._writer is not None:
+            self._writer.write(step, values)
+
+    def evaluations(self) -> None:
+        """Write down what has arrived of them; x is the version that was evaluated."""
+        for evaluation in self._link.evaluations():
+            self._evaluation(evaluation)
+
+    def checkpoint_is_due(self, version: int) -> bool:
+        every = self._config.checkpoint.every
+        return bool(every) and version % every == 0
+
+    def checkpoint(self, version: int) -> None:
+        """Collective. Nothing to do when this version is saved already, or nothing was trained."""
+        if version == self._saved_version:
+            return
+        extras: dict[str, Any] = {"version": version, "ledger": self._ledger, "settings": self._config.model_dump(mode="json")}
+        started = time.monotonic()
+        path = checkpoint.save(
+            self._run_dir / "checkpoints", version, self._policy, extras, self._config.checkpoint.keep, self._ranks
+        )
+        self._saved_version = version
+        log.info("checkpoint of version %d in %.1f s: %s", version, time.monotonic() - started, path)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _evaluation(self, evaluation: Evaluation) -> None:
+        log.info("evaluation of version %d: accuracy %.3f of %d", evaluation.version, evaluation.accuracy, evaluation.num_prompts)
+        if self._writer is None:
+            return
+        curves = {"eval/accuracy": evaluation.accuracy, "eval/length_mean": evaluation.length_mean}
+        curves |= {f"eval/{name}": value for name, value in evaluation.rewards.items()}
+        self._writer.write(evaluation.version, curves)
+        with open(self._run_dir / "evaluations.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(evaluation.model_dump(), ensure_ascii=False) + "\n")
+
+    def _samples(self, share: Share) -> list[dict[str, Any]]:
+        assert self._tokenizer is not None
+        return [
+            {
+                "step": share.step, "prompt_number": item.prompt, "sample": item.sample,
+                "prompt": self._tokenizer.decode(item.prompt_tokens), "completion": self._tokenizer.decode(item.completion.tokens),
+                "reward": float(share.rewards[item.group, item.sample]), "finish_reason": item.completion.finish_reason.value,
+                "versions": [list(span) for span in item.completion.spans],
+            }
+            for item in share.items[: self._config.run.samples_per_step]
+        ]  # fmt: skip
+
+
+SHOWN = (
+    "reward/mean", "reward/std", "reward/equal_group_frac", "policy/kl", "policy/entropy", "policy/grad_norm", "policy/lr",
+    "policy/loss", "staleness/mean", "staleness/max", "completion/length_mean", "completion/truncated_frac",
+    "mismatch/kl", "throughput/tokens_per_s", "time/waiting_for_trajectories", "time/training", "time/publishing",
+)  # fmt: skip
+"""What heartbeats carry to the console."""

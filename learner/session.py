@@ -1,0 +1,97 @@
+"""One learner process from start to end: meet the other ranks, load or resume, warm up, train.
+
+What `launch/learner.py` calls. The order matters: the checkpoint is chosen before anything is opened, and the broker is told only what
+this process really holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from learner import checkpoint
+from learner.announcer import Announcer
+from learner.examples import read_examples
+from learner.link import Link, Standing
+from learner.policy import Policy
+from learner.publisher import Publisher
+from learner.ranks import Ranks
+from learner.recorder import Recorder
+from learner.states import State, StateClock
+from learner.trainer import Ended, Trainer
+from learner.warmup import WarmupStep, warm_up
+from protocol.addresses import Addresses
+from protocol.config import Config
+from protocol.keys import read_client_key
+from protocol.shared_memory import folder_of, private_folder
+
+log = logging.getLogger("tether.learner")
+
+COLLECTIVE_S = 600.0
+
+
+def train(config: Config, run_dir: Path, resume: bool) -> Ended:
+    """All of one rank's life."""
+    ranks = Ranks.open(os.environ, config.run.device, COLLECTIVE_S)
+    policy = Policy.open(config, config.model.path, ranks)
+    standing = _resume(run_dir, policy, ranks) if resume else Standing(0, -1, b"")
+    link = Link(
+        Addresses.read(run_dir), read_client_key(run_dir / "keys" / "learner.key"), rank=ranks.rank, num_ranks=ranks.num_ranks,
+        standing=standing, settings_digest=config.result_digest(), wait_s=config.watchdog.orphan_s,
+    )  # fmt: skip
+    clock = StateClock(link.say)
+    shared = _shared_folder(ranks)
+    publisher = Publisher(shared / "snapshots", policy, ranks)
+    announcer = Announcer(publisher, link, ranks, lambda version: evaluation_is_due(config, version, link.num_steps))
+    recorder = Recorder(config, run_dir, ranks, policy, link, announcer, config.model.path, standing.version, standing.ledger)
+    try:
+        if standing.version == 0 and config.warmup.steps:
+            _warm_up(config, run_dir, policy, ranks, recorder, clock)
+        return Trainer(config, ranks, policy, link, announcer, recorder, clock, standing.version).run()
+    finally:
+        recorder.close()
+        link.close("the learner leaves")
+        if ranks.is_first:
+            shutil.rmtree(shared, ignore_errors=True)
+
+
+def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
+    """Before the first step, after every `evaluation.every`, and after the last."""
+    every = config.evaluation.every
+    return bool(every) and (version % every == 0 or version == num_steps)
+
+
+def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing:
+    """Rank 0 chooses the checkpoint; without a valid one the run starts from its beginning, and says so."""
+    found = checkpoint.latest_valid(run_dir / "checkpoints") if ranks.is_first else None
+    for damage in found.damaged if found else ():
+        log.error("this checkpoint is damaged and not used: %s", damage)
+    step = int(found.path.name.removeprefix("step_")) if found and found.path else -1
+    step = ranks.first_rank_says(step)
+    if step < 0:
+        log.warning("no checkpoint to resume from: starting from the beginning")
+        return Standing(0, -1, b"")
+    extras = checkpoint.load(run_dir / "checkpoints" / f"step_{step}", policy)
+    log.info("resuming from the checkpoint of version %d", extras["version"])
+    return Standing(extras["version"], -1, extras["ledger"])
+
+
+def _warm_up(config: Config, run_dir: Path, policy: Policy, ranks: Ranks, recorder: Recorder, clock: StateClock) -> None:
+    examples = read_examples(run_dir / "warmup.npz")
+
+    def report(step: WarmupStep) -> None:
+        clock.enter(State.WARMING_UP, f"supervised step {step.step + 1} of {config.warmup.steps}, loss {step.loss:.3f}")
+        curves = {"warmup/loss": step.loss, "warmup/lr": step.learning_rate, "warmup/grad_norm": step.grad_norm}
+        recorder.warmup(step.step, curves)
+
+    clock.enter(State.WARMING_UP, f"{config.warmup.steps} supervised steps")
+    warm_up(policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
+
+
+def _shared_folder(ranks: Ranks) -> Path:
+    """Rank 0's folder in shared memory, where all ranks of this host write snapshots."""
+    if ranks.is_first:
+        private_folder("learner")
+    return folder_of("learner", ranks.first_rank_says(os.getpid()))

@@ -1,0 +1,171 @@
+"""Messages to frames and back, refusing whatever is not exactly right.
+
+    frame 0   header, 48 bytes little-endian (struct Header below)
+    frame 1   one msgpack map: the message's plain fields, and under "_" the declared arrays: [name, dtype, shape, crc32]
+    frame 2.. the arrays' raw little-endian bytes, in that order
+
+`decode` raises ProtocolError and nothing else, whatever the bytes are: the promise that no peer can crash a process rests
+on it. Nothing is allocated from a declared size before the bytes have been seen to be there.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+from pydantic import ValidationError
+
+from protocol.errors import ProtocolError
+from protocol.messages import MESSAGES, PROTOCOL_VERSION, ArrayField, Message
+
+MAGIC = b"TTHR"
+_HEADER = struct.Struct("<4sHHIHHQQQII")
+
+MAX_BODY_BYTES = 8 << 20
+MAX_ARRAY_BYTES = 8 << 20
+MAX_ARRAYS = 16
+MAX_FRAMES = 2 + MAX_ARRAYS
+_UNPACK_LIMITS = {
+    "max_str_len": 1 << 20,
+    "max_bin_len": 4 << 20,
+    "max_array_len": 16384,
+    "max_map_len": 4096,
+    "max_ext_len": 0,
+    "strict_map_key": True,
+}
+_NUMBER = {kind: number for number, kind in enumerate(MESSAGES)}
+
+
+class Header(NamedTuple):
+    """What frame 0 says about a message, beside its type and sizes."""
+
+    epoch: int  # of the broker's state as the sender knows it; 0: none yet
+    session: int  # given in Welcome; 0 before
+    sequence: int  # chosen by the asker, repeated by the answer; 0: a push
+
+
+class Frames(NamedTuple):
+    header: Header
+    message: Message
+
+
+def encode(message: Message, header: Header) -> list[bytes | memoryview]:
+    """The frames of one message. Arrays are not copied when they are contiguous."""
+    arrays = _array_fields(type(message))
+    body: dict[str, Any] = {}
+    declared: list[list[Any]] = []
+    blobs: list[memoryview] = []
+    for name in type(message).model_fields:
+        value = getattr(message, name)
+        if name in arrays:
+            array = np.ascontiguousarray(value, dtype=np.dtype(arrays[name].dtype).newbyteorder("<"))
+            blob = memoryview(array).cast("B") if array.size else memoryview(b"")
+            declared.append([name, arrays[name].dtype, list(array.shape), zlib.crc32(blob)])
+            blobs.append(blob)
+        else:
+            body[name] = _plain(value)
+    body["_"] = declared
+    packed = msgpack.packb(body, use_bin_type=True)
+    head = _HEADER.pack(
+        MAGIC, PROTOCOL_VERSION, _NUMBER[type(message)], len(packed), len(blobs), 0, *header, zlib.crc32(packed), 0
+    )
+    return [head, packed, *blobs]
+
+
+def decode(frames: Sequence[bytes | memoryview]) -> Frames:
+    """The message in these frames. Raises ProtocolError if anything at all is wrong with them."""
+    if not 2 <= len(frames) <= MAX_FRAMES:
+        raise ProtocolError("frames", f"expected 2 to {MAX_FRAMES} frames, got {len(frames)}")
+    kind, header, num_arrays = _decode_header(frames[0], frames[1])
+    if num_arrays != len(frames) - 2:
+        raise ProtocolError("frames", f"the header declares {num_arrays} arrays, {len(frames) - 2} came")
+    body = _decode_body(frames[1])
+    declared = body.pop("_", None)
+    wanted = _array_fields(kind)
+    if not isinstance(declared, list) or len(declared) != len(wanted) or len(declared) != num_arrays:
+        raise ProtocolError("arrays", f"{kind.__name__} carries {len(wanted)} arrays, got {num_arrays}")
+    for entry, (name, expected), blob in zip(declared, wanted.items(), frames[2:], strict=True):
+        body[name] = _decode_array(entry, name, expected, blob)
+    try:
+        return Frames(header, kind.model_validate(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:200]
+        raise ProtocolError("fields", f"{kind.__name__}.{where}: {first['msg'][:200]}") from None
+    except (RecursionError, OverflowError, TypeError) as error:
+        raise ProtocolError("fields", f"{kind.__name__}: {type(error).__name__}") from None
+
+
+def _decode_header(head: bytes | memoryview, packed: bytes | memoryview) -> tuple[type[Message], Header, int]:
+    if len(head) != _HEADER.size:
+        raise ProtocolError("header", f"expected {_HEADER.size} bytes, got {len(head)}")
+    magic, version, number, length, num_arrays, reserved, epoch, session, sequence, crc, pad = _HEADER.unpack(head)
+    if magic != MAGIC or reserved or pad:
+        raise ProtocolError("header", "not a Tether message")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError("version", f"protocol {version} was sent, {PROTOCOL_VERSION} is spoken here; update the older side")
+    if number >= len(MESSAGES):
+        raise ProtocolError("type", f"unknown message type {number}")
+    if length != len(packed) or length > MAX_BODY_BYTES:
+        raise ProtocolError("length", f"the header declares {length} bytes, {len(packed)} came, {MAX_BODY_BYTES} is the limit")
+    if zlib.crc32(packed) != crc:
+        raise ProtocolError("checksum", "the message's map does not match its checksum")
+    return MESSAGES[number], Header(epoch, session, sequence), num_arrays
+
+
+def _decode_body(packed: bytes | memoryview) -> dict[str, Any]:
+    try:
+        body = msgpack.unpackb(packed, raw=False, ext_hook=_refuse_extension, timestamp=0, **_UNPACK_LIMITS)
+    except Exception as error:  # msgpack documents no common base of what malformed input raises
+        raise ProtocolError("msgpack", f"malformed map: {type(error).__name__}") from None
+    if not isinstance(body, dict):
+        raise ProtocolError("msgpack", f"expected a map, got {type(body).__name__}")
+    if not all(isinstance(key, str) for key in body):
+        raise ProtocolError("msgpack", "keys must be strings")
+    return body
+
+
+def _decode_array(entry: Any, name: str, expected: ArrayField, blob: bytes | memoryview) -> np.ndarray[Any, Any]:
+    if not (isinstance(entry, list) and len(entry) == 4 and entry[:2] == [name, expected.dtype]):
+        raise ProtocolError("arrays", f"expected array {name} of {expected.dtype}, got {str(entry)[:80]}")
+    shape, crc = entry[2], entry[3]
+    if not (isinstance(shape, list) and len(shape) == expected.ndim and all(type(n) is int and n >= 0 for n in shape)):
+        raise ProtocolError("arrays", f"{name}: expected {expected.ndim} dimensions, got {str(shape)[:80]}")
+    dtype = np.dtype(expected.dtype).newbyteorder("<")
+    if len(blob) > MAX_ARRAY_BYTES or math.prod(shape) * dtype.itemsize != len(blob):
+        raise ProtocolError("arrays", f"{name}: shape {str(shape)[:80]} does not fit {len(blob)} bytes")
+    if type(crc) is not int or zlib.crc32(blob) != crc:
+        raise ProtocolError("checksum", f"{name}: the array does not match its checksum")
+    if expected.dtype == "bool" and len(blob) and np.frombuffer(blob, np.uint8).max() > 1:
+        raise ProtocolError("arrays", f"{name}: a boolean that is neither 0 nor 1")
+    return np.frombuffer(blob, dtype).reshape(shape)
+
+
+@lru_cache(maxsize=None)
+def _array_fields(kind: type[Message]) -> dict[str, ArrayField]:
+    """Name -> declaration of the fields that travel as raw frames, in the order of the class."""
+    found: dict[str, ArrayField] = {}
+    for name, info in kind.model_fields.items():
+        marks = [mark for mark in info.metadata if isinstance(mark, ArrayField)]
+        if marks:
+            found[name] = marks[0]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What msgpack can write of a field: models become maps."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")

@@ -1,0 +1,113 @@
+"""Small policies and their steps, for tests of the learner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from learner.batches import Row, counts, pack
+from learner.losses import GrpoLoss, Totals
+from learner.policy import Policy, Update
+from learner.ranks import Ranks
+from learner.warmup import Example
+from protocol.config import AlgorithmConfig, Config, WarmupConfig
+from tests.models import make_tiny_qwen2
+from tests.rows import VOCAB, random_rows
+
+STEPS = [(11, 9), (12, 1), (13, 14), (14, 6)]  # seed and number of rows
+RATE = 1e-4
+
+def model_folder(folder: Path, tied: bool = True, seed: int = 0) -> str:
+    """A tiny model with weights and tokenizer; its name as `--model` takes it."""
+    make_tiny_qwen2(folder, tied, VOCAB, seed).save_pretrained(folder)
+    return str(folder)
+
+
+def config(zero: int = 0, **learner: Any) -> Config:
+    settings = {"learning_rate": 1e-3, "zero": zero, "logprob_chunk_tokens": 16, "clip_grad": 1.0} | learner
+    dtype = settings.pop("dtype", "float32")
+    passthrough = settings.pop("deepspeed", {})
+    temperature = settings.pop("temperature", 1.0)
+    return Config.model_validate(
+        {"learner": settings, "model": {"dtype": dtype}, "deepspeed": passthrough, "sampling": {"temperature": temperature}}
+    )
+
+
+def open_policy(model_path: str, ranks: Ranks, zero: int = 0, **learner: Any) -> Policy:
+    return Policy.open(config(zero, **learner), model_path, ranks)
+
+
+def logprobs_one_by_one(lm: Qwen2ForCausalLM, row: Row, temperature: float) -> torch.Tensor:
+    """Log-probabilities of a row's kept tokens, by transformers' own forward with whole logits."""
+    ids = torch.tensor([*row.prompt_tokens.tolist(), *row.completion_tokens.tolist()])
+    logprobs = (lm(ids[None]).logits[0] / temperature).log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+    return logprobs[len(row.prompt_tokens) - 1 + torch.from_numpy(row.kept)]
+
+
+@torch.no_grad()
+def sampled_steps(path: str, temperature: float = 1.0) -> list[list[Row]]:
+    """The rows of `STEPS` as if a policy near the model's own had sampled them: ratios are about 1, on both sides of the clips."""
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    steps = []
+    for seed, number in STEPS:
+        rng = np.random.default_rng(seed)
+        rows = [row for row in random_rows(seed, number) if len(row.kept)]
+        for row in rows:
+            row.behavior_logprobs[row.kept] = logprobs_one_by_one(lm, row, temperature).numpy()
+            row.behavior_logprobs[row.kept] += rng.normal(0.0, 0.2, len(row.kept)).astype(np.float32)
+        steps.append(rows)
+    return steps
+
+
+def train_step(
+    policy: Policy,
+    ranks: Ranks,
+    rows: list[Row],
+    budget_tokens: int = 64,
+    learning_rate: float = 1e-3,
+    aggregation: str = "token_mean",
+) -> Update:
+    """One update on `rows`, of which every rank takes its share, as the trainer does it."""
+    mine = rows[ranks.rank :: ranks.num_ranks]
+    totals = ranks.sum_across(counts(mine))
+    settings = AlgorithmConfig.model_validate({"aggregation": aggregation})
+    loss = GrpoLoss(settings, Totals(totals["tokens"], totals["sequences"]))
+    return policy.update(pack(mine, budget_tokens), loss, learning_rate)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """Float32 master weights by name."""
+    return {name: state["fp32"].clone() for name, state in policy.training_state()}
+
+
+def whole_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Master weights and moments by key and name."""
+    return {f"{key}/{name}": value.clone() for name, state in policy.training_state() for key, value in state.items()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def assert_trained_alike(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Equal but for rounding: where a gradient is almost zero, Adam makes a whole learning rate out of its last bits."""
+    assert a.keys() == b.keys()
+    differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    assert (differences > 1e-6).float().mean() < 1e-3
+    assert differences.max() < 1e-3
+
+
+def examples(number: int = 12) -> list[Example]:
+    """Prompts and answers from one rule, so that they can be learned: the answer repeats the prompt's first token."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 12, int(rng.integers(1, 6))).astype(np.int32) for _ in range(number)]
+    return [Example(prompt, np.array([prompt[0], prompt[0], 1], dtype=np.int32)) for prompt in prompts]
+
+
+def warmup_settings(steps: int) -> WarmupConfig:
+    return WarmupConfig(steps=steps, learning_rate=1e-3, batch_size=5)

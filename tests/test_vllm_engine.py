@@ -1,0 +1,440 @@
+"""vLLM itself, on the CPU: weights change in flight, and every way in which it may fail ends in an error that says so.
+
+One engine serves all tests of a kind until one of them ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from actors.engine import (
+    EngineDead,
+    EngineOptions,
+    EnginePoisoned,
+    GenerationAborted,
+    NotLoaded,
+    RequestFailed,
+)
+from actors.transformers_engine import TransformersEngine
+from actors.vllm_engine import VLLMEngine
+from actors.vllm_settings import LEAKED_VARIABLES, engine_arguments, environment
+from protocol.errors import ConfigError
+from protocol.types import Completion, FinishReason, SamplingParams, VersionSpan
+from protocol.weights import WEIGHTS_FILE, Snapshot, SnapshotError
+from tests.engines import all_reached, begin, outcome, prompts, until
+from tests.models import (
+    EOS,
+    hybrid_logprobs,
+    make_tiny_qwen2,
+    reference_logprobs,
+    snapshot_from,
+    snapshot_of,
+    twin,
+)
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
+
+MAX_LEN = 512
+TOLERANCE = 1e-4
+
+
+class Rig:
+    """One engine, the loop it lives in, and the model whose weights it serves."""
+
+    def __init__(self, folder: Path, tied: bool, recompute_cache: bool) -> None:
+        self.folder = folder
+        self.model = make_tiny_qwen2(folder / "model", tied)
+        self.options = EngineOptions(folder / "model", MAX_LEN, seed=3, recompute_cache=recompute_cache)
+        self.runner = asyncio.Runner()
+        self.version = 0
+        self.start()
+
+    def start(self) -> None:
+        self.engine = VLLMEngine(self.options)
+        before = {process.pid for process in multiprocessing.active_children()}
+        self.run(self.engine.start())
+        [self.core_pid] = {process.pid for process in multiprocessing.active_children()} - before
+        self.before_load = self.run(outcome(self.engine.generate("early", prompts(1)[0], SamplingParams(4), 0)))
+        self.run(self.engine.load(self.snapshot()))
+
+    def run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return self.runner.run(asyncio.wait_for(call, 60))
+
+    def snapshot(self) -> Snapshot:
+        """The current model as the next version."""
+        self.version += 1
+        return snapshot_of(self.model, self.folder, self.version)
+
+    def alive(self) -> bool:
+        try:
+            self.engine.statistics()
+        except EngineDead:
+            return False
+        return True
+
+    def close(self) -> None:
+        self.run(self.engine.close())
+        self.runner.close()
+
+
+@pytest.fixture(scope="module")
+def rigs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Rig]]:
+    """Rigs by kind, as they are asked for. What vLLM does to os.environ ends with this module."""
+    saved = dict(os.environ)
+    os.environ.update(environment("cpu"))
+    made: dict[str, Rig] = {}
+    yield made
+    for made_rig in made.values():
+        made_rig.close()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def rig_of(kind: str, rigs: dict[str, Rig], factory: pytest.TempPathFactory) -> Rig:
+    if kind not in rigs:
+        rigs[kind] = Rig(factory.mktemp(kind), tied="untied" not in kind, recompute_cache="keep" not in kind)
+    elif not rigs[kind].alive():
+        rigs[kind].start()
+    return rigs[kind]
+
+
+@pytest.fixture(params=["tied", "untied"])
+def rig(request: pytest.FixtureRequest, rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    return rig_of(request.param, rigs, tmp_path_factory)
+
+
+@pytest.fixture
+def untied(rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    return rig_of("untied", rigs, tmp_path_factory)
+
+
+@pytest.fixture
+def keeping(rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    """An engine with recompute_cache off."""
+    return rig_of("untied keep", rigs, tmp_path_factory)
+
+
+def distance(logprobs: np.ndarray, completion: Completion, start: int, end: int) -> float:
+    """Largest difference from the behavior log-probabilities of tokens [start, end)."""
+    return float(np.abs(logprobs[start:end] - completion.behavior_logprobs[start:end]).max())
+
+
+async def update_in_flight(rig: Rig, questions: list[np.ndarray], sampling: SamplingParams) -> list[Completion]:
+    """Let all questions run, give `rig` other weights in the middle, and return what came of them."""
+    tasks = begin(rig.engine, questions, sampling)
+    await all_reached(rig.engine, len(questions), 60)
+    rig.model = twin(rig.model, seed=100 + rig.version)
+    await rig.engine.load(rig.snapshot())
+    return list(await asyncio.gather(*tasks))
+
+
+def test_nothing_is_served_before_the_first_weights(rig: Rig) -> None:
+    assert isinstance(rig.before_load, NotLoaded)
+    assert "before the first weights" in str(rig.before_load)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_before_an_update_are_of_the_old_weights_and_after_it_of_the_new(rig: Rig, temperature: float) -> None:
+    old, old_version = rig.model, rig.version
+    questions = prompts(8, shared=32)
+    completions = rig.run(update_in_flight(rig, questions, SamplingParams(200, temperature)))
+    for question, completion in zip(questions, completions, strict=True):
+        first, second = completion.spans
+        assert (first.version, second.version) == (old_version, rig.version)
+        assert (first.start, first.end, second.end) == (0, second.start, 200)
+        assert completion.finish_reason is FinishReason.LENGTH
+        by_old = reference_logprobs(old, question, completion, temperature)
+        by_new = reference_logprobs(rig.model, question, completion, temperature)
+        assert distance(by_old, completion, 0, first.end) < TOLERANCE
+        assert distance(by_new, completion, first.end, 200) < TOLERANCE
+        assert distance(by_new, completion, 0, first.end) > 1.0
+        assert distance(by_old, completion, first.end, 200) > 1.0
+
+
+def test_a_prompt_that_was_cached_under_old_weights_is_answered_by_the_new_ones_alone(rig: Rig) -> None:
+    [question] = prompts(1, length=200)
+    for _ in range(2):
+        completion = rig.run(rig.engine.generate("again", question, SamplingParams(20), 0))
+        assert distance(reference_logprobs(rig.model, question, completion, 1.0), completion, 0, 20) < TOLERANCE
+        rig.model = twin(rig.model, seed=200 + rig.version)
+        rig.run(rig.engine.load(rig.snapshot()))
+
+
+def test_without_recomputing_running_requests_read_their_old_cache_and_new_ones_do_not(keeping: Rig) -> None:
+    old, old_version = keeping.model, keeping.version
+    questions = prompts(4, length=100, shared=64)
+    for question, completion in zip(
+        questions, keeping.run(update_in_flight(keeping, questions, SamplingParams(200))), strict=True
+    ):
+        first, second = completion.spans
+        assert (first.version, second.version) == (old_version, keeping.version)
+        hybrid = hybrid_logprobs(old, keeping.model, question, completion, 1.0)
+        assert np.abs(hybrid - completion.behavior_logprobs[first.end :]).max() < TOLERANCE
+        by_new = reference_logprobs(keeping.model, question, completion, 1.0)
+        assert distance(by_new, completion, first.end, 200) > 1e-2
+    fresh = keeping.run(keeping.engine.generate("fresh", questions[0], SamplingParams(20), 0))
+    by_new = reference_logprobs(keeping.model, questions[0], fresh, 1.0)
+    assert distance(by_new, fresh, 0, 20) < TOLERANCE
+
+
+def test_equal_seeds_give_equal_tokens_and_other_seeds_others(rig: Rig) -> None:
+    async def sampled(seed: int | None, name: str) -> list[int]:
+        completion = await rig.engine.generate(name, prompts(1)[0], SamplingParams(30), seed)
+        return completion.tokens.tolist()
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(sampled(seed, f"s{i}") for i, seed in enumerate([5, 5, 6, 2**63, None, None])))
+
+    first, same, other, large, free, freer = rig.run(all_of_them())
+    assert first == same
+    assert len({tuple(tokens) for tokens in (first, other, large, free, freer)}) == 5
+
+
+def test_the_greedy_answer_is_the_one_of_transformers(rig: Rig) -> None:
+    questions = prompts(3)
+    oracle = TransformersEngine(rig.options)
+
+    async def both() -> tuple[list[Completion], list[Completion]]:
+        await oracle.start()
+        await oracle.load(rig.snapshot())
+        answers = [await asyncio.gather(*begin(e, questions, SamplingParams(40, 0.0))) for e in (rig.engine, oracle)]
+        await oracle.close()
+        return answers[0], answers[1]
+
+    for ours, theirs in zip(*rig.run(both()), strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        np.testing.assert_allclose(ours.behavior_logprobs, theirs.behavior_logprobs, atol=TOLERANCE)
+
+
+def test_the_tokenizers_end_of_sequence_ends_a_completion_and_padding_is_never_sampled(rig: Rig) -> None:
+    with torch.no_grad():
+        rig.model = twin(rig.model, seed=9)
+        rig.model.model.norm.weight.zero_()  # all logits are zero: every token is as likely as any other
+    rig.run(rig.engine.load(rig.snapshot()))
+
+    async def answers() -> list[Completion]:
+        return await asyncio.gather(*begin(rig.engine, prompts(16), SamplingParams(300)))
+
+    completions = rig.run(answers())
+    stopped = [c for c in completions if c.finish_reason is FinishReason.STOP]
+    assert stopped
+    for completion in completions:
+        np.testing.assert_allclose(completion.behavior_logprobs, -math.log(200), atol=TOLERANCE)
+        assert (EOS in completion.tokens) == (completion in stopped)
+        assert EOS not in completion.tokens[:-1]
+    rig.model = twin(rig.model, seed=10)
+    rig.run(rig.engine.load(rig.snapshot()))
+
+
+def test_a_stop_token_of_the_request_ends_it_and_is_part_of_it(untied: Rig) -> None:
+    [question] = prompts(1)
+    free = untied.run(untied.engine.generate("free", question, SamplingParams(20, 0.0), 0)).tokens.tolist()
+    stop = free[10]
+    sampling = SamplingParams(20, 0.0, stop_token_ids=(stop,))
+    completion = untied.run(untied.engine.generate("stopped", question, sampling, 0))
+    assert completion.tokens.tolist() == free[: free.index(stop) + 1]
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_progress_and_statistics_tell_what_runs(untied: Rig) -> None:
+    async def watched() -> None:
+        generated = untied.engine.statistics().generated_tokens
+        tasks = begin(untied.engine, prompts(70), SamplingParams(100), "w")
+        await until(lambda: untied.engine.statistics().num_running == 64, "64 running requests")
+        assert untied.engine.statistics().num_waiting == 6
+        assert 0 < untied.engine.statistics().kv_usage < 1
+        assert set(untied.engine.progress()) == {f"w{i}" for i in range(70)}
+        await asyncio.gather(*tasks)
+        assert untied.engine.progress() == {}
+        assert untied.engine.statistics().generated_tokens == generated + 70 * 100
+
+    untied.run(watched())
+
+
+def test_an_aborted_request_raises_and_the_engine_goes_on(untied: Rig) -> None:
+    async def abort_and_ask_again() -> None:
+        tasks = begin(untied.engine, prompts(4), SamplingParams(400), "a")
+        await all_reached(untied.engine, 4, 1)
+        await untied.engine.abort_all()
+        for task in tasks:
+            assert isinstance(await outcome(task), GenerationAborted)
+        assert len((await untied.engine.generate("after", prompts(1)[0], SamplingParams(5), 0)).tokens) == 5
+
+    untied.run(abort_and_ask_again())
+
+
+def test_a_cancelled_request_leaves_the_engine(untied: Rig) -> None:
+    async def cancel() -> None:
+        [task] = begin(untied.engine, prompts(1), SamplingParams(400), "c")
+        await all_reached(untied.engine, 1, 1)
+        task.cancel()
+        await asyncio.wait({task}, timeout=5)
+        assert task.cancelled()
+        assert untied.engine.progress() == {}
+        await until(lambda: untied.engine.statistics().num_running == 0, "an empty engine", 5)
+
+    untied.run(cancel())
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(untied: Rig) -> None:
+    refused = untied.run(outcome(untied.engine.generate("long", prompts(1, length=600)[0], SamplingParams(5), 0)))
+    assert isinstance(refused, RequestFailed)
+    assert "long" in str(refused)
+    assert len(untied.run(untied.engine.generate("fits", prompts(1)[0], SamplingParams(5), 0)).tokens) == 5
+
+
+@pytest.mark.parametrize("harm", ["truncated", "gone"])
+def test_a_snapshot_that_is_cut_short_or_gone_is_refused_and_the_old_weights_serve_on(untied: Rig, harm: str) -> None:
+    [question], held = prompts(1), untied.engine.held
+    bad = snapshot_of(twin(untied.model, seed=77), untied.folder, 1000)
+
+    async def load_bad() -> tuple[Any, Completion]:
+        [task] = begin(untied.engine, [question], SamplingParams(200), "t")
+        await all_reached(untied.engine, 1, 20)
+        if harm == "truncated":
+            os.truncate(bad.folder / WEIGHTS_FILE, bad.manifest.total_bytes - 1)
+        else:
+            shutil.rmtree(bad.folder)
+        return await outcome(untied.engine.load(bad)), await task
+
+    error, completion = untied.run(load_bad())
+    assert isinstance(error, SnapshotError)
+    assert ("must have" if harm == "truncated" else "is gone") in str(error)
+    assert untied.engine.held == held
+    assert completion.spans == (VersionSpan(untied.version, 0, 200),)
+    assert distance(reference_logprobs(untied.model, question, completion, 1.0), completion, 0, 200) < TOLERANCE
+
+
+def test_vllm_sets_no_other_variables_than_the_listed_ones(untied: Rig) -> None:
+    def variables(pid: int) -> dict[str, str]:
+        fields = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return dict(field.decode().split("=", 1) for field in fields if b"=" in field)
+
+    inherited = variables(os.getpid()) | environment("cpu")  # before vLLM was imported
+    inherited["PYTEST_CURRENT_TEST"] = ""
+    changed = {name for name in variables(untied.core_pid) if name not in inherited}
+    assert changed
+    assert [name for name in changed if not any(fnmatch(name, pattern) for pattern in LEAKED_VARIABLES)] == []
+
+
+def test_settings_that_vllm_does_not_know_or_that_are_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vllm.load_format is set by Tether itself"):
+        VLLMEngine(EngineOptions(tmp_path, MAX_LEN, extra={"load_format": "auto"}))
+    engine = VLLMEngine(EngineOptions(tmp_path, MAX_LEN, extra={"blok_size": 16}))
+    with pytest.raises(ConfigError, match="blok_size"):
+        asyncio.run(engine.start())
+    arguments = engine_arguments(EngineOptions(tmp_path, MAX_LEN, seed=11, extra={"block_size": 64}))
+    assert (arguments["block_size"], arguments["seed"]) == (64, 11)
+
+
+def damaged(rig: Rig, harm: str) -> Snapshot:
+    """Other weights of which a third of one fused parameter is missing, has another shape, or comes under another name."""
+    tensors = {name: parameter.detach() for name, parameter in twin(rig.model, seed=88).named_parameters()}
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensor = tensors.pop(name)
+    if harm == "shape":
+        tensors[name] = tensor[:-1]
+    if harm == "name":
+        tensors["model.layers.1.self_attn.kk_proj.weight"] = tensor
+    return snapshot_from(tensors, rig.folder, 1000)
+
+
+@pytest.mark.parametrize("harm", ["missing", "shape", "name"])
+def test_after_a_load_that_failed_half_way_nothing_is_served_ever_again(
+    harm: str, rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rig = rig_of({"missing": "tied", "shape": "untied", "name": "untied keep"}[harm], rigs, tmp_path_factory)
+
+    async def poison() -> None:
+        tasks = begin(rig.engine, prompts(4), SamplingParams(400), "p")
+        await all_reached(rig.engine, 4, 20)
+        error = await outcome(rig.engine.load(damaged(rig, harm)))
+        assert isinstance(error, EnginePoisoned)
+        assert "version 1000 failed half-way" in str(error)
+        for task in tasks:
+            assert isinstance(await outcome(task, 5), EnginePoisoned)
+        assert isinstance(
+            await outcome(rig.engine.generate("later", prompts(1)[0], SamplingParams(4), 0)), EnginePoisoned
+        )
+        assert isinstance(await outcome(rig.engine.load(rig.snapshot())), EnginePoisoned)
+        await until(lambda: not running(rig.core_pid), "the end of the engine core", 5)
+
+    rig.run(poison())
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_killed_engine_core_is_noticed_by_requests_and_by_a_load_that_waits_for_it(
+    rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rig = rig_of("tied", rigs, tmp_path_factory)
+
+    async def kill() -> None:
+        tasks = begin(rig.engine, prompts(4), SamplingParams(400), "k")
+        await all_reached(rig.engine, 4, 1)
+        os.kill(rig.core_pid, signal.SIGSTOP)
+        load = asyncio.create_task(rig.engine.load(rig.snapshot()))
+        done, _ = await asyncio.wait({load}, timeout=0.3)
+        assert not done
+        os.kill(rig.core_pid, signal.SIGKILL)
+        killed = time.monotonic()
+        errors = [await outcome(task) for task in (load, *tasks)]
+        assert time.monotonic() - killed < 2.0
+        assert [type(error) for error in errors] == [EngineDead] * 5
+        assert type(await outcome(rig.engine.generate("later", prompts(1)[0], SamplingParams(4), 0))) is EngineDead
+        with pytest.raises(EngineDead):
+            rig.engine.statistics()
+
+    rig.run(kill())
+
+
+def test_no_completion_is_cut_short_unseen_by_a_ctrl_c_that_reaches_the_engine_core(untied: Rig) -> None:
+    async def interrupt() -> None:
+        tasks = begin(untied.engine, prompts(4), SamplingParams(400), "i")
+        await all_reached(untied.engine, 4, 1)
+        os.kill(untied.core_pid, signal.SIGINT)
+        for task in tasks:
+            assert isinstance(await outcome(task), GenerationAborted | EngineDead)
+        await until(lambda: not untied.alive(), "the end of the engine", 20)
+
+    untied.run(interrupt())
+
+
+def test_an_engine_core_leaves_when_its_front_end_is_killed(tmp_path: Path) -> None:
+    make_tiny_qwen2(tmp_path / "model", tied=True)
+    root = Path(__file__).resolve().parent.parent
+    front_end = subprocess.Popen(
+        [sys.executable, str(root / "tests/vllm_frontend.py"), str(tmp_path / "model")],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=tmp_path,
+        text=True,
+    )
+    try:
+        assert front_end.stdout is not None
+        [core_pid] = (int(pid) for pid in front_end.stdout.readline().split())
+        assert running(core_pid)
+    finally:
+        front_end.kill()
+        front_end.wait()
+    asyncio.run(until(lambda: not running(core_pid), "the end of the orphan", 3.0))

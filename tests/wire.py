@@ -1,0 +1,69 @@
+"""A real broker server on real sockets in a thread, around any object with the service's interface."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from broker.server import Server
+from protocol.addresses import Addresses
+from protocol.keys import allowed_keys, make_run_keys, read_server_key
+from protocol.sockets import AllowList, bind_router, start_authenticator
+
+
+class SmallService:
+    """What the server needs of a service; `answer` is a test's own function of (message, header, role)."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.epoch = 1
+        self.changed = False
+        self.refused: Counter[str] = Counter()
+
+    def handle(self, message: Any, header: Any, key: str, role: Any, route: bytes, now: float) -> Any:
+        return self.answer(message, header, role)
+
+    def tick(self, now: float) -> None:
+        pass
+
+    def take_hints(self) -> list[Any]:
+        return []
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def free_addresses() -> Addresses:
+    return Addresses(f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}")
+
+
+@contextmanager
+def serving(run_dir: Path, service: Any, addresses: Addresses | None = None) -> Iterator[tuple[Addresses, Server]]:
+    """The server in a thread, with the run's keys; stopped and joined at the end."""
+    make_run_keys(run_dir)
+    addresses = addresses or free_addresses()
+    context: zmq.Context[Any] = zmq.Context()
+    allow = AllowList(allowed_keys(run_dir))
+    authenticator = start_authenticator(context, allow)
+    key = read_server_key(run_dir)
+    server = Server(bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key), allow, service)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield addresses, server
+    finally:
+        server.stop()
+        thread.join(10)
+        authenticator.stop()
+        context.destroy(linger=0)
+        assert not thread.is_alive()
