@@ -29,7 +29,7 @@ test: setup ## all tests (ARGS="-k codec -x": some of them)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## format, lint and types, without changing anything
-	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format --check --output-format concise .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 

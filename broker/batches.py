@@ -1,8 +1,8 @@
 """The schedule's numbers, and which groups make a batch.
 
-Part of the broker process; pure. The bound on staleness is kept at a grant by `admits` and at a cut by `choose`, which waits
-until everything can go that no later step could train in time. That a split group's remainder is compared with the whole
-group rests on `TakenGroup.remainder_of`.
+Part of the broker process; pure. The bound on staleness is kept at a grant by `admits` and at a cut by `choose`,
+which waits until everything can go that no later step could train in time. That a split group's remainder is compared
+with the whole group rests on `TakenGroup.remainder_of`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def choose(
 ) -> list[OpenLease] | None:
     """The `num_groups` groups that `step` trains, earliest deadlines first; None while it has to wait.
 
-    need(d) = N(d) - (d - step) * size groups with deadline <= d must go now: the later steps up to d have no place for them.
+    need(d) = N(d) - (d - step) * size groups with deadline <= d must go now: the later steps up to d have no more room.
     So the learner trains whatever is done, and waits for a straggler only where nothing else would keep the bound.
     """
     candidates = [lease for lease in opened if lease.complete or lease in splittable]

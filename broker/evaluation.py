@@ -1,7 +1,7 @@
 """One evaluation: prompts that are answered by exactly one policy version.
 
-Owned by the scheduler, in the broker process; pure. Its leases stand outside the ledger and the bound on staleness. That
-a result never mixes versions rests on `lease`, which serves only generators that hold exactly the version, on
+Owned by the scheduler, in the broker process; pure. Its leases stand outside the ledger and the bound on staleness.
+That a result never mixes versions rests on `lease`, which serves only generators that hold exactly the version, on
 `Grant.fault_of`, and on `restart_if_unanswerable`, which forgets every answer once nobody holds it any more.
 """
 

@@ -55,20 +55,23 @@ class GeneratorDesk:
         peer.seen_at, peer.held = now, (message.version, message.digest)
         if run.scheduler is None or newest is None:
             return Later(Wait(reason="waiting for the learner"))
-        wait = {"version": newest.version, "digest": newest.digest}
+
+        def wait(reason: str) -> Wait:
+            return Wait(reason=reason, version=newest.version, digest=newest.digest)
+
         if run.draining or run.verdict:
-            return Later(Wait(reason="the run ends", **wait))
+            return Later(wait("the run ends"))
         known = run.shelf.version(message.version)
         if known is None or known.digest != message.digest:
-            return Wait(reason=Refusal.UNKNOWN_VERSION.value, **wait)
-        room = message.room // run.config.batch.group_size
-        answer = run.scheduler.pull(peer.id, message.version, room, now, newer_available=newest.version > message.version)
+            return wait(Refusal.UNKNOWN_VERSION.value)
+        newer = newest.version > message.version
+        answer = run.scheduler.pull(peer.id, message.version, message.room, now, newer_available=newer)
         if isinstance(answer, NoLease):
-            said = Wait(reason=answer.reason.value, **wait)
-            return said if answer.reason in AT_ONCE and newest.version > message.version else Later(said)
+            said = wait(answer.reason.value)
+            return said if answer.reason in AT_ONCE and newer else Later(said)
         items = [item for grant in answer if (item := self._lease(grant)) is not None]
         if not items:
-            return Later(Wait(reason="prompts were skipped", **wait))
+            return Later(wait("prompts were skipped"))
         run.changed = True
         tokens = np.concatenate([prompt.tokens for _, prompt in items]).astype(np.int32)
         return Leases(leases=[item for item, _ in items], tokens=tokens)

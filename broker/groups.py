@@ -1,8 +1,8 @@
 """What becomes of a leased group: kept, filtered, failed or lost; and of the remainder of a split one.
 
-Owned by the scheduler, in the broker process; pure. That three failures end a prompt and bad luck does not rests on `lose`
-and `_count_failure`. That leases and ledger never disagree rests on every function here closing the lease and moving the
-prompt together.
+Owned by the scheduler, in the broker process; pure. That three failures end a prompt and bad luck does not rests on
+`lose` and `_count_failure`. That leases and ledger never disagree rests on every function here closing the lease and
+moving the prompt together.
 """
 
 from __future__ import annotations

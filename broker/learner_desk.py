@@ -16,10 +16,9 @@ from broker.outcome import Later
 from broker.run_state import RunState
 from broker.shares import cut_shares
 from protocol.errors import ProtocolError
-from protocol.messages import Advance, Done, Evaluate, Finished, Publish, SharePage, Take, VersionHint, Wait
-from protocol.messages import Role
+from protocol.messages import Advance, Done, Evaluate, Finished, Publish, Role, SharePage, Take, VersionHint, Wait
 from protocol.shares import split_pages
-from protocol.types import Group
+from protocol.types import Group, Prompt
 from protocol.weights import SnapshotError
 
 log = logging.getLogger("tether.broker")
@@ -43,7 +42,7 @@ class LearnerDesk:
                 return Finished(kind="complete")
             if run.draining:
                 return Finished(kind="drained", reason=run.draining)
-            if question.step != scheduler.next_step or scheduler.training is not None or not scheduler.ready:
+            if question.step != scheduler.next_step or not scheduler.ready:
                 return Later(Wait(reason=self._waits_for(question)))
             self._cut(now)
             pages = run.pages[question.step, question.rank]
@@ -98,7 +97,8 @@ class LearnerDesk:
         groups = [self._group(taken) for taken in batch.groups]
         ledger = msgpack.packb(scheduler.ledger.snapshot())
         numbers = batch_numbers(run, batch, now)
-        for share in cut_shares(run.epoch, batch.step, groups, run.num_ranks, run.config.batch.group_size):
+        size, bound = run.config.batch.group_size, run.config.staleness.max
+        for share in cut_shares(run.epoch, batch.step, groups, run.num_ranks, size, bound):
             pages = split_pages(share)
             if share.rank == 0:
                 pages[0] = pages[0].model_copy(update={"ledger": ledger, "numbers": numbers})
@@ -108,16 +108,14 @@ class LearnerDesk:
 
     def _group(self, taken: TakenGroup) -> Group:
         prompt = self._run.source.prompt(taken.prompt)
+        assert isinstance(prompt, Prompt), f"prompt {taken.prompt} was leased, so it fits"
         return Group(prompt, taken.version, taken.trajectories, taken.baseline_rewards, taken.remainder)
 
     def _waits_for(self, question: Take) -> str:
         scheduler = self._run.scheduler_now()
         if question.step != scheduler.next_step:
             return f"version {question.step} is not announced yet"
-        if scheduler.num_steps_left == 0 or scheduler.trained_out:
-            return "the last evaluation"
-        finished = sum(lease.complete for lease in scheduler.leases.open.values())
-        return f"{finished} of {self._run.config.batch.prompts} groups are finished, {len(scheduler.leases.open)} are open"
+        return "the last evaluation" if scheduler.trained_out else scheduler.learner_waits_for()
 
     def _announce(self) -> None:
         """Generators hear of a version only once it is published and announced: never before the snapshot exists."""

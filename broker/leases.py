@@ -1,7 +1,8 @@
 """Leases, and the generators that hold them: the books on which the scheduler decides.
 
-Part of the broker process; pure. What may be leased, and to whom, is decided in `scheduler.py`. That an answer to a lost
-lease is never taken for an answer to the next one rests on `LeaseTable.new_attempt`: no two leases of an epoch share it.
+Part of the broker process; pure. What may be leased, and to whom, is decided in `scheduler.py`. That an answer to a
+lost lease is never taken for an answer to the next one rests on `LeaseTable.new_attempt`: no two leases of an epoch
+share it.
 """
 
 from __future__ import annotations

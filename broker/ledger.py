@@ -1,8 +1,9 @@
 """What became of every prompt, and what a checkpoint must remember of it.
 
-Owned by the scheduler, in the broker process; pure. Prompts are numbers 0, 1, 2, ... of the run's stream. One that was
-offered is queued again, leased or finished until it is settled: trained, filtered or failed, each exactly once and for
-ever. A finished group is settled when its batch is cut, so the ledger as of a cut is what a checkpoint must hold.
+Owned by the scheduler, in the broker process; pure. Prompts are numbers 0, 1, 2, ... of the run's stream. One that
+was offered is queued again, leased or finished until it is settled: trained, filtered or failed, each exactly once
+and for ever. A finished group is settled when its batch is cut, so the ledger as of a cut is what a checkpoint must
+hold.
 
 "Nothing is lost, nothing is trained twice" rests on `_move` and `_settle`, the only places where a prompt changes its
 state, and on `check`; that it survives a crash rests on `snapshot` and `restore`.

@@ -43,8 +43,7 @@ def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
 def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> dict[str, Any]:
     """What the learner logs of an evaluation: means over its prompts, and a few answers as text."""
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
-    first = run.config.rewards.functions[0].use
-    solved = sum((trajectory.rewards.get(first) or 0.0) >= FULL_MARK for trajectory in answered)
+    solved = sum((next(iter(trajectory.rewards.values()), None) or 0.0) >= FULL_MARK for trajectory in answered)
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     summary = Evaluation(
         version=result.version, num_prompts=len(result.trajectories), accuracy=solved / max(len(result.trajectories), 1),

@@ -1,8 +1,8 @@
 """How many groups are worth having open, and which generators are too slow to help.
 
 Owned by the scheduler, in the broker process; pure. Admission bounds staleness; these measurements keep the usual
-staleness below the bound where little is lost by it. Neither can stop a run: `limit` never asks for less than a batch,
-and `is_slow` never speaks against the fastest generator.
+staleness below the bound where little is lost by it. Neither can stop a run: `limit` never asks for less than a
+batch, and `is_slow` never speaks against the fastest generator.
 """
 
 from __future__ import annotations

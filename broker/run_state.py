@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from broker.batches import AtBound, ScheduleSettings, Training
+from broker.batches import ScheduleSettings
 from broker.ledger import Ledger
 from broker.peers import Peers
 from broker.prompts import PromptSource
@@ -68,8 +68,7 @@ class RunState:
             books = Ledger.restore(msgpack.unpackb(ledger)) if ledger else Ledger()
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError("ledger", f"the learner's ledger cannot be read: {error}") from None
-        training = Training(training_step, ()) if training_step >= 0 else None
-        self.scheduler = Scheduler(self._schedule_settings(), books, version, training)
+        self.scheduler = Scheduler(self._schedule_settings(), books, version, training_step if training_step >= 0 else None)
         self.epoch = secrets.randbits(63) | 1
         self.learner_incarnation = incarnation
         self.pages.clear()
@@ -89,7 +88,7 @@ class RunState:
             max_staleness=config.staleness.max,
             steps=self.num_steps,
             num_prompts=epochs_end,
-            at_bound=AtBound(config.staleness.at_bound.value),
+            at_bound=config.staleness.at_bound,
             pacing_margin=config.staleness.pacing_margin if config.staleness.pacing else None,
             filter_equal_rewards=config.algorithm.filter_equal_groups,
             lease_ttl_s=config.watchdog.lease_ttl_s,

@@ -2,14 +2,15 @@
 
 Owned by the broker process; pure: events and the time go in, decisions come out, the server does everything else.
 
-A group leased at version a may be trained by steps a .. a + S only: the last of them is its *deadline*. N(d) counts the
-open groups (leased or finished, not yet in a batch) with deadline <= d. One inequality bounds staleness and memory:
+A group leased at version a may be trained by steps a .. a + S only: the last of them is its *deadline*. N(d) counts
+the open groups (leased or finished, not yet in a batch) with deadline <= d. One inequality bounds staleness and
+memory:
 
     a lease is granted iff afterwards, for every d >= next:  N(d) <= (d - next + 1) * P
 
-It is checked at the grant (`batches.admits`); it survives every cut because a batch waits until all that must go can go
-(`batches.choose`); and a lost group only lowers N. So the bound holds although nothing generated is thrown away, and
-`take` asserts it. What became of a prompt stands in `ledger.py`, changed in the same call that decides it.
+It is checked at the grant (`batches.admits`); it survives every cut because a batch waits until all that must go can
+go (`batches.choose`); and a lost group only lowers N. So the bound holds although nothing generated is thrown away,
+and `take` asserts it. What became of a prompt stands in `ledger.py`, changed in the same call that decides it.
 
 The constructor serves a fresh run and every recovery alike: the ledger comes back with all open prompts queued again,
 and no lease survives.
@@ -210,7 +211,7 @@ class Scheduler:
     def expire(self, now: float) -> list[OpenLease]:
         """Takes back what was not renewed in time.
 
-        A generator that is silent altogether counts as crashed; one that is heard but renews no such lease never got it.
+        A generator that is altogether silent counts as crashed; one that is heard without a lease never got it.
         """
         silent = self.leases.silent(now)
         lost = [lease for generator in silent for lease in self.holder_lost(generator.session, crashed=True)]

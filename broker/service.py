@@ -148,7 +148,7 @@ class Service:
             "phase": self._phase(),
             "version": scheduler.version if scheduler else 0,
             "next": scheduler.next_step if scheduler else 0,
-            "training_step": scheduler.training.step if scheduler and scheduler.training else -1,
+            "training_step": scheduler.training if scheduler and scheduler.training is not None else -1,
             "num_steps": run.num_steps,
             "progress_s": round(now - run.progress_at, 1) if run.progress_at else 0.0,
             "ledger": scheduler.ledger.counts() if scheduler else {},

@@ -1,8 +1,9 @@
 """One batch -> one token-balanced share per learner rank.
 
-Runs in the broker process; pure. Every share carries the reward table of the whole batch, so all ranks compute the same
-advantages, whoever trains which completion. That they train the same batch rests on `batch_digest`. `cut_shares` asserts
-once more that no token is staler than allowed, except in remainders, where the learner leaves it out of the loss.
+Runs in the broker process; pure. Every share carries the reward table of the whole batch, so all ranks compute the
+same advantages, whoever trains which completion. That they train the same batch rests on `batch_digest`. `cut_shares`
+asserts once more that no token is staler than allowed, except in remainders, where the learner leaves it out of the
+loss.
 
 Legend: P groups of the batch, G completions of one prompt, T tokens of one completion.
 """
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.types import Completion, Group, Share, ShareItem
+
+Table = NDArray[np.float32]
 
 
 def cut_shares(
@@ -59,10 +62,10 @@ def balance(items: Iterable[ShareItem], num_ranks: int) -> list[list[ShareItem]]
     return parts
 
 
-def reward_tables(groups: Sequence[Group], group_size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rewards [P, G] by sample, NaN where one is missing; and baseline rewards [P, G], what statistics are taken from.
+def reward_tables(groups: Sequence[Group], group_size: int) -> tuple[Table, Table]:
+    """Rewards [P, G] by sample, NaN where one is missing; baseline rewards [P, G], what statistics are taken from.
 
-    The two differ for remainders only: there the baseline is that of all samples of the prompt, in no particular column.
+    The two differ for remainders only: their baseline is that of all samples of the prompt, in no particular column.
     """
     rewards = np.full((len(groups), group_size), np.nan, np.float32)
     for row, group in enumerate(groups):

@@ -2,8 +2,8 @@
 
     python launch/cluster.py --generators 2 --learner-gpus 6
 
-Holds the run's folder, starts broker, learner ranks and generators (`launch/supervisor.py`), and draws what they do until the
-learner is done. The first Ctrl-C ends the run in order, the second at once; either can be continued with --resume.
+Holds the run's folder, starts broker, learner ranks and generators (`launch/supervisor.py`), and draws what they do
+until the learner is done. The first Ctrl-C ends the run in order, the second at once; both can be resumed.
 """
 
 from __future__ import annotations
@@ -130,11 +130,9 @@ def _settings(command: CommandLine, environ: Mapping[str, str]) -> tuple[Setting
     label = Path(command.recipe).stem if command.recipe else "run"
     name = settings.config.run.name or f"{label}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(settings.config.run.out, name).resolve()
-    return (
-        settings.override([Value("run.name", name, settings.origin("run.name"))]),
-        run_dir,
-        recipe.make if recipe else "",
-    )
+    if not settings.config.run.name:
+        settings = settings.override([Value("run.name", name, "recipe and time")])
+    return settings, run_dir, recipe.make if recipe else ""
 
 
 def find_recipe(name: str) -> Path:

@@ -77,6 +77,11 @@ class Console:
         else:
             self._print_news(picture)
 
+    def print_once(self) -> None:
+        """One frame, wherever this goes."""
+        self._history.read()
+        self._screen.print(frame(self._picture(())))
+
     def close(self) -> None:
         if self._live:
             self._live.stop()

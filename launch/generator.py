@@ -25,11 +25,13 @@ if __package__ in (None, ""):
 
 from launch.log_lines import log_to_stderr
 from launch.parent import leave_with_parent
+from protocol import settings
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
 from protocol.errors import Exit, TetherError
 from protocol.keys import read_client_key
-from protocol.messages import Hello, Role
+from protocol.messages import Beat, Hello, Role
+from protocol.rewards import reward_digest, with_files
 from protocol.session import Session
 from protocol.shared_memory import private_folder
 
@@ -60,12 +62,14 @@ async def generate(args: argparse.Namespace) -> None:
     from actors.engines import build_engine, engine_environment
     from actors.generator import Generator
     from actors.model_files import fetch_model_files
-    from actors.scorer import Scorer, reward_digest
+    from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
 
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
-    digest = reward_digest(args.reward)
+    own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
+    uses = [function.use for function in own.rewards.functions] if own else args.reward
+    digest = reward_digest(uses)
     incarnation = secrets.randbits(62)
 
     def hello() -> Hello:
@@ -86,7 +90,7 @@ async def generate(args: argparse.Namespace) -> None:
         model = await fetch_model_files(session, staging / "model")
         device = args.device or config.run.device
         os.environ.update(engine_environment(config, device))
-        scorer = Scorer(config, model, args.reward)
+        scorer = Scorer(with_files(config.rewards, uses), model)
         await scorer.start()
         engine = build_engine(config, model, device, seed=incarnation & 0x7FFFFFFF)
         await _start_engine(engine, session, config)
@@ -108,8 +112,6 @@ async def generate(args: argparse.Namespace) -> None:
 
 async def _start_engine(engine, session: Session, config: Config) -> None:  # type: ignore[no-untyped-def]
     """Building takes seconds to minutes: the broker hears meanwhile what takes so long."""
-    from protocol.messages import Beat
-
     build = asyncio.get_running_loop().create_task(engine.start())
     started = asyncio.get_running_loop().time()
     while not build.done():

@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except TetherError as error:
         log.error("%s", error)
         return int(error.exit_code)
+    except Exception:  # ours to find: the process still has to end, whatever its threads wait for
+        log.critical("unexpected end", exc_info=True)
+        return 1
     return int(Exit.DONE if ended.complete else Exit.INTERRUPTED)
 
 

@@ -15,8 +15,6 @@ from protocol.errors import ConfigError, PreflightError
 SNAPSHOTS = 3
 """Weights that lie in shared memory at a time: the newest, the one being read, the one being written."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-
 
 def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
     """Raises PreflightError or ConfigError for the first thing that is missing."""
@@ -48,10 +46,10 @@ def check_model(model: str) -> None:
         raise ConfigError(
             f"expected a config.json in the model folder {folder}, found none; set --model to a folder that has one"
         )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
-            f"expected a tokenizer ({', '.join(TOKENIZER_FILES)}) in the model folder {folder}, found none; "
-            "copy the tokenizer's files of the base model there"
+            f"expected a fast tokenizer (tokenizer.json) in the model folder {folder}, found none; save one there with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER), or set --model"
         )
 
 
@@ -61,6 +59,6 @@ def check_shared_memory(model: Path, shared_memory: Path) -> None:
     if size and shared_memory.is_dir() and shutil.disk_usage(shared_memory).free < SNAPSHOTS * size:
         free = shutil.disk_usage(shared_memory).free
         raise PreflightError(
-            f"weights travel through {shared_memory}, which needs room for {SNAPSHOTS} snapshots of {size / 1e9:.2f} GB, but "
-            f"{free / 1e9:.2f} GB are free; enlarge it (docker: --shm-size), or remove what lies there"
+            f"weights travel through {shared_memory}: expected room for {SNAPSHOTS} snapshots of {size / 1e9:.2f} GB, "
+            f"found {free / 1e9:.2f} GB free; enlarge it (docker: --shm-size), or remove what lies there"
         )

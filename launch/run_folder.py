@@ -123,8 +123,8 @@ def _lock(path: Path) -> int:
         holder = os.read(lock, 32).decode(errors="replace").strip()
         os.close(lock)
         raise RunLocked(
-            f"{path.parent} is used by a run that goes on (process {holder or 'unknown'}); end it first, or choose another "
-            "--run-name"
+            f"{path.parent} is used by a run that goes on (process {holder or 'unknown'}); end it first, "
+            "or choose another --run-name"
         ) from None
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())

@@ -26,13 +26,7 @@ def summary(run_dir: Path, width: int) -> list[str]:
     lines += _curve("held-out accuracy", history.evaluations, "version", "accuracy", width)
     if len(history.evaluations) > 1:
         first, last = history.evaluations[0], history.evaluations[-1]
-        points = 100 * (last["accuracy"] - first["accuracy"])
-        lines += [
-            f"held-out accuracy: {first['accuracy']:.1%} at version {first['version']}, "
-            f"{last['accuracy']:.1%} at version {last['version']} ({points:+.1f} points, {last['num_prompts']} prompts)",
-            "",
-            *_before_and_after(first, last),
-        ]
+        lines += [_gain(first, last), "", *_before_and_after(first, last)]
     lines.append(
         f"picture: {picture}" if (picture := draw_picture(run_dir, history)) else "picture: none, matplotlib is missing"
     )
@@ -68,6 +62,13 @@ def _curve(title: str, rows: Sequence[Row], x: str, y: str, width: int) -> list[
 def _points(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
     found = [(row[x], row[y]) for row in rows if row.get(y) is not None]
     return [a for a, _ in found], [b for _, b in found]
+
+
+def _gain(first: Row, last: Row) -> str:
+    points = 100 * (last["accuracy"] - first["accuracy"])
+    before = f"{first['accuracy']:.1%} at version {first['version']}"
+    after = f"{last['accuracy']:.1%} at version {last['version']}"
+    return f"held-out accuracy: {before}, {after} ({points:+.1f} points, {last['num_prompts']} prompts)"
 
 
 def _before_and_after(first: Row, last: Row) -> Iterator[str]:

@@ -20,13 +20,14 @@ def group_advantages(
 ) -> NDArray[np.float32]:
     """Advantages [P, G] relative to the group: (r - mean) / (std + 1e-6), or r - mean for `scale` "none".
 
-    Group-relative advantage of GRPO (Shao et al. 2024, "DeepSeekMath", eq. 1 of section 4.1.2); without the division it is that
-    of Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training"). `rewards` [P, G] has NaN where a sample is missing;
-    mean and unbiased std come from the numbers in `baseline_rewards` [P, G], which for the parts of a split group are the rewards
-    of a larger set. A missing sample, and a group with fewer than two baseline rewards, has advantage 0.
+    Group-relative advantage of GRPO (Shao et al. 2024, "DeepSeekMath", eq. 1 of section 4.1.2); without the division it
+    is that of Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training"). `rewards` [P, G] has NaN where a
+    sample is missing; mean and unbiased std come from the numbers in `baseline_rewards` [P, G], which for the parts of
+    a split group are the rewards of a larger set. A missing sample, and a group with fewer than two baseline rewards,
+    has advantage 0.
 
-    We deviate in one thing: rewards that are exactly equal give exactly 0. Their float mean need not equal them (ten times 0.1),
-    and dividing the residue by a std of nearly 0 makes a gradient out of nothing.
+    We deviate in one thing: rewards that are exactly equal give exactly 0. Their float mean need not equal them (ten
+    times 0.1), and dividing the residue by a std of nearly 0 makes a gradient out of nothing.
     """
     table = baseline_rewards.astype(np.float64)
     valid = ~np.isnan(table)

@@ -1,11 +1,11 @@
-"""Trajectories -> packed micro-batches under a token budget. Pure: numpy arrays in, tensors out; runs in every learner rank.
+"""Trajectories -> packed micro-batches under a token budget. Pure: numpy arrays in, tensors out.
 
-Only tokens inside the loss get a place in the arrays of length K, so no logits are computed for prompts, for what a tool said or
-for tokens that are left out. A sequence is never cut. A token without a finite behavior log-probability is left out of
-the loss here and counted (`counts`).
+Runs in every learner rank. Only tokens inside the loss get a place in the arrays of length K, so no logits are computed
+for prompts, for what a tool said or for tokens that are left out. A sequence is never cut. A token without a finite
+behavior log-probability is left out of the loss here and counted (`counts`).
 
-Legend: T packed input tokens of a micro-batch, K tokens of it inside the loss, L tokens of one completion. A sequence's last
-token predicts nothing, so it is a target but no input.
+Legend: T packed input tokens of a micro-batch, K tokens of it inside the loss, L tokens of one completion. A sequence's
+last token predicts nothing, so it is a target but no input.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ class Row:
     behavior_logprobs: Logprobs  # [L]
     advantage: float
     versions: NDArray[np.int32]  # [L], policy version of each token
+
+    def __post_init__(self) -> None:
+        assert len(self.prompt_tokens), "the first token of a completion needs one before it"
 
     @cached_property
     def kept(self) -> NDArray[np.int64]:
@@ -60,7 +64,9 @@ class MicroBatch:
     versions: Tensor  # [K] int32
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
 
@@ -75,11 +81,13 @@ def token_versions(completion: Completion) -> NDArray[np.int32]:
 def share_rows(
     share: Share, advantages: NDArray[np.float32], left_out: Sequence[Mask | None] | None = None
 ) -> list[Row]:
-    """Rows of a share. `advantages` [P, G] of the whole batch; `left_out`: per item a mask [L] of tokens to leave out, or None."""
+    """Rows of a share: `advantages` [P, G] of the whole batch, `left_out` a mask [L] of tokens per item, or None."""
     rows = []
     for index, item in enumerate(share.items):
         completion = item.completion
-        in_loss = np.ones(len(completion.tokens), dtype=np.bool_) if completion.observed is None else ~completion.observed
+        in_loss = (
+            np.ones(len(completion.tokens), dtype=np.bool_) if completion.observed is None else ~completion.observed
+        )
         mask = None if left_out is None else left_out[index]
         rows.append(
             Row(
@@ -95,7 +103,7 @@ def share_rows(
 
 
 def counts(rows: Sequence[Row]) -> dict[str, float]:
-    """This rank's part of the batch's totals: tokens and sequences in the loss, tokens without a behavior log-probability."""
+    """This rank's part of the batch's totals: what is in the loss, and what has no behavior log-probability."""
     return {
         "tokens": float(sum(len(row.kept) for row in rows)),
         "sequences": float(sum(len(row.kept) > 0 for row in rows)),

@@ -1,13 +1,13 @@
 """Checkpoints: everything a run goes on from, in one folder that is either whole or not there.
 
-Written by all learner ranks together, read at any ZeRO stage by any number of them. No pickle: safetensors by parameter name,
-msgpack, and an `hf/` folder that transformers and vLLM load as it is. That a half-written or damaged checkpoint is never resumed
-rests on the order in `save` (aside, synced, digested, renamed) and on `damage`.
+Written by all learner ranks together, read at any ZeRO stage by any number of them. No pickle: safetensors by parameter
+name, msgpack, and an `hf/` folder that transformers and vLLM load as it is. That a half-written or damaged checkpoint
+is never resumed rests on the order in `save` (aside, synced, digested, renamed) and on `damage`.
 
     step_<n>/manifest.json                 format, step, AdamW's count; size and sha256 of every file below
-             training-<k>.safetensors      fp32/<name>, exp_avg/<name>, exp_avg_sq/<name>
-             state.msgpack                 what the caller adds: ledger, version, settings, random states, counters
-             hf/                           weights in the computing dtype, config, tokenizer
+             training-<k>.safetensors      fp32/<name>, exp_avg/<name>, exp_avg_sq/<name> state.msgpack
+             what the caller adds: ledger, version, settings, random states, counters hf/
+             weights in the computing dtype, config, tokenizer
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Found:
 
 
 def save(folder: Path, step: int, policy: Policy, extras: Mapping[str, Any], keep: int, ranks: Ranks) -> Path:
-    """Write `folder`/step_<step> and remove all but the `keep` newest. Collective; `extras` of rank 0 count, as msgpack.
+    """Write `folder`/step_<step> and remove all but the `keep` newest. Collective.
 
-    Checkpoints of later steps are removed too: they belong to a course that this run left when it was resumed.
+    `extras`, of rank 0, is plain data for msgpack. Checkpoints of later steps are removed too: they belong to a course
+    that this run left when it was resumed.
     """
     final, aside = folder / f"step_{step}", folder / f"tmp-step_{step}"
     if ranks.is_first:
@@ -71,7 +72,7 @@ def save(folder: Path, step: int, policy: Policy, extras: Mapping[str, Any], kee
 
 def latest_valid(folder: Path) -> Found:
     """The newest checkpoint whose every byte is as it was written. Reads them whole; local, call it on one rank."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
         reason = damage(path)
         if not reason:
@@ -112,7 +113,9 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
         _check_same_model(path, policy, {key: tuple(file.get_slice(key).get_shape()) for key, file in places.items()})
 
         def read(name: str) -> dict[str, Tensor]:
-            return {key: places[f"{key}/{name}"].get_tensor(f"{key}/{name}") for key in KEYS if f"{key}/{name}" in places}
+            return {
+                key: places[f"{key}/{name}"].get_tensor(f"{key}/{name}") for key in KEYS if f"{key}/{name}" in places
+            }
 
         policy.restore(manifest["num_applied"], read)
     extras: dict[str, Any] = msgpack.unpackb((path / STATE_FILE).read_bytes())
@@ -124,7 +127,9 @@ def _check_same_model(path: Path, policy: Policy, shapes: Mapping[str, tuple[int
     saved = {key: shape for key, shape in shapes.items() if key.startswith("fp32/")}
     unlike = sorted(key.removeprefix("fp32/") for key, _ in wanted.items() ^ saved.items())
     if unlike:
-        raise ConfigError(f"{path} is a checkpoint of another model: {unlike[0]} is missing or has another shape; set model.path")
+        raise ConfigError(
+            f"{path} is a checkpoint of another model: {unlike[0]} is missing or has another shape; set model.path"
+        )
 
 
 def _write_training_state(folder: Path, policy: Policy, ranks: Ranks) -> None:

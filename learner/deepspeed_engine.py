@@ -1,8 +1,8 @@
 """DeepSpeed: ZeRO 0 to 3 behind one face. The only file that imports deepspeed; `learner/policy.py` is its only user.
 
-Runs in every learner rank. DeepSpeed is held at exactly the settings and internals that were measured; the version is pinned, and
-the round trips in tests/test_checkpoint.py and tests/test_policy.py say when a newer one moved them. Not to be found here: loss scaling and
-DeepSpeed's own accumulation count, schedule and checkpoints.
+Runs in every learner rank. DeepSpeed is held at exactly the settings and internals that were measured; the version is
+pinned, and the round trips in tests/test_checkpoint.py and tests/test_policy.py say when a newer one moved them. Not to
+be found here: loss scaling and DeepSpeed's own accumulation count, schedule and checkpoints.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def engine_config(learner: LearnerConfig, dtype: torch.dtype, passthrough: Mappi
     if stage == 0:
         config["gradient_clipping"] = 0.0  # GuardedAdamW clips; the default of 1.0 would clip before it sees the norm
         if "optimizer" in passthrough:
-            raise ConfigError("deepspeed.optimizer has no effect under ZeRO 0, which uses the learner's own; set learner.zero")
+            raise ConfigError(
+                "deepspeed.optimizer has no effect under ZeRO 0, which uses the learner's own; set learner.zero"
+            )
     else:
         config["gradient_clipping"] = learner.clip_grad
         config["optimizer"] = {"type": "AdamW", "params": _adamw_settings(learner) | {"torch_adam": True}}
@@ -96,7 +98,12 @@ class DeepSpeedEngine:
     """A module, its optimizer and its partitions. Every method is collective unless it says otherwise."""
 
     def __init__(
-        self, module: nn.Module, learner: LearnerConfig, dtype: torch.dtype, passthrough: Mapping[str, Any], ranks: Ranks
+        self,
+        module: nn.Module,
+        learner: LearnerConfig,
+        dtype: torch.dtype,
+        passthrough: Mapping[str, Any],
+        ranks: Ranks,
     ) -> None:
         self.stage = zero_stage(learner, dtype)
         self._ranks = ranks
@@ -107,14 +114,16 @@ class DeepSpeedEngine:
         parameters = [p for p in module.parameters() if p.requires_grad]
         own = GuardedAdamW(parameters, learner.clip_grad, **_adamw_settings(learner)) if self.stage == 0 else None
         with redirect_stdout(StringIO()):  # the bfloat16 optimizer prints its memory use, unasked
-            self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=own, config=config)
+            self._engine, *_ = deepspeed.initialize(
+                model=module, model_parameters=parameters, optimizer=own, config=config
+            )
 
     def __call__(self, *arguments: Any) -> Any:
-        """The module's forward. Never call the module itself: under ZeRO 3 the engine would then drop gradients in silence."""
+        """The module's forward. Calling the module itself would make ZeRO 3 drop gradients in silence."""
         return self._engine(*arguments)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`. DeepSpeed averages over ranks; the mean of (loss * number of ranks) is the sum of losses."""
+        """Add the gradient of the sum of all ranks' `loss`; DeepSpeed would average, so each is scaled up."""
         self._engine.backward(loss * self._ranks.num_ranks, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> tuple[float, bool]:

@@ -1,7 +1,8 @@
-"""Log-probabilities -> a loss and the sums its curves are made of. Pure tensors in, tensors out; runs in every learner rank.
+"""Log-probabilities -> a loss and the sums its curves are made of. Pure tensors in, tensors out.
 
-Every token has a weight whose denominator is that of the whole batch on all ranks, so adding up the losses of micro-batches and
-ranks gives the loss of the batch, however it was cut. That promise rests on `token_weights`.
+Runs in every learner rank. Every token has a weight whose denominator is that of the whole batch on all ranks, so
+adding up the losses of micro-batches and ranks gives the loss of the batch, however it was cut. That promise rests on
+`token_weights`.
 
 Legend: K tokens inside the loss of one micro-batch, as packed by `batches.py`.
 """
@@ -50,12 +51,12 @@ def clipped_ratio_loss(
     clip_low: float,
     clip_high: float,
 ) -> LossAndSums:
-    """Sum over tokens of weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logprob - behavior logprob).
+    """Sum over tokens of weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
 
-    PPO's clipped surrogate (Schulman et al. 2017, eq. 7) per token, with the two bounds of DAPO (Yu et al. 2025, eq. 10). The
-    denominator of r is the generator's own log-probability, so the clip holds the policy near the one that sampled. All
-    arguments are [K]; the log ratio is clamped to +-20 before exp. Sums are over tokens, unweighted; `averages` says
-    what becomes of them.
+    r = exp(logprob - behavior logprob). PPO's clipped surrogate (Schulman et al. 2017, eq. 7) per token, with the two
+    bounds of DAPO (Yu et al. 2025, eq. 10). The denominator of r is the generator's own log-probability, so the clip
+    holds the policy near the one that sampled. All arguments are [K]; the log ratio is clamped to +-20 before exp. Sums
+    are over tokens, unweighted; `averages` says what becomes of them.
     """
     log_ratio = (logprobs - behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()

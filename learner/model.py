@@ -1,8 +1,8 @@
-"""The policy's network: a causal language model whose forward gives log-probabilities of chosen tokens of packed sequences.
+"""The policy's network: a causal language model whose forward gives log-probabilities of packed sequences.
 
-Runs in every learner rank, under DeepSpeed. Everything with weights is inside `PolicyModel.forward`, which ZeRO-3 needs. That
-sequences in one row do not see each other rests on `packed_sdpa`; that [T, V] logits never stand in memory whole rests on
-`ChunkedHead`; that both compute what the model itself would rests on `check_reproduces`.
+Runs in every learner rank, under DeepSpeed. Everything with weights is inside `PolicyModel.forward`, which ZeRO-3
+needs. That sequences in one row do not see each other rests on `packed_sdpa`; that [T, V] logits never stand in memory
+whole rests on `ChunkedHead`; that both compute what the model itself would rests on `check_reproduces`.
 
 Legend: T packed input tokens, K chosen tokens, D hidden size, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,26 @@ def packed_sdpa(
     sequence_cuts: tuple[int, ...] = (),
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each packed sequence by itself; query is [1, heads, T, head size], the result [1, T, heads, head size].
+    """Causal attention of each packed sequence by itself: query [1, heads, T, size] -> [1, T, heads, size].
 
-    The lengths are given, never inferred: transformers' own detection switches off in silence when a cache or a mask is there.
+    The lengths are given, never inferred: transformers' own detection switches off in silence when a cache or a mask is
+    there.
     """
-    assert sequence_cuts and query.shape[0] == 1 and attention_mask is None and dropout == 0.0
+    assert query.shape[0] == 1, f"one row of packed sequences expected, got {query.shape[0]} rows"
+    assert sequence_cuts
+    assert attention_mask is None
+    assert dropout == 0.0
     refused = [name for name in UNSUPPORTED_BY_SDPA if others.get(name) is not None]
     if refused:
-        raise ConfigError(f"the learner's packed attention has no {', '.join(refused)}, which this model uses; set model.path")
+        raise ConfigError(
+            f"the learner's packed attention has no {', '.join(refused)}, which this model uses; set model.path"
+        )
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=grouped
         )
-        for a, b in zip(sequence_cuts, sequence_cuts[1:], strict=False)
+        for a, b in pairwise(sequence_cuts)
     ]
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
@@ -91,7 +98,9 @@ def load(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model can be loaded from {path}: {error}; set model.path") from error
     if attention == "packed_sdpa" and uses_sliding_window(lm.config):
-        raise ConfigError(f"{path} attends through a sliding window, which needs flash attention in the learner; set model.path")
+        raise ConfigError(
+            f"{path} attends through a sliding window, which needs flash attention in the learner; set model.path"
+        )
     return lm.to(device)
 
 
@@ -103,7 +112,7 @@ def uses_sliding_window(config: PretrainedConfig) -> bool:
 
 
 class ChunkedHead(nn.Module):
-    """Log-probabilities of targets, and entropies, from hidden states; logits exist for one chunk of tokens at a time."""
+    """Log-probabilities and entropies from hidden states; logits exist for one chunk of tokens at a time."""
 
     def __init__(self, lm_head: nn.Linear, chunk_tokens: int) -> None:
         super().__init__()
@@ -111,8 +120,10 @@ class ChunkedHead(nn.Module):
         self.__dict__["lm_head"] = lm_head  # a reference, no submodule: the model owns the weight
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """hidden [K, D], targets [K] -> log-probabilities [K] and entropies [K], float32, the second without gradient."""
-        weight = self.lm_head.weight  # read once: under ZeRO-3 each read is a collective, and ranks have unlike chunk counts
+        """hidden [K, D], targets [K] -> log-probabilities [K], entropies [K] without gradient, both float32."""
+        weight = (
+            self.lm_head.weight
+        )  # read once: under ZeRO-3 each read is a collective, and ranks have unlike chunk counts
         chunks = [
             checkpoint(
                 self._chunk,
@@ -161,7 +172,7 @@ class PolicyModel(nn.Module):
         targets: Tensor,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [K] and entropies [K] of `targets`, each predicted at its place of `positions` in the row [1, T]."""
+        """Log-probabilities [K] and entropies [K] of `targets`, predicted at `positions` [K] of the row [1, T]."""
         hidden = self.lm.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -175,12 +186,12 @@ class PolicyModel(nn.Module):
         if self.lm.config._attn_implementation == "packed_sdpa":
             return {"sequence_cuts": cuts}
         ends = torch.tensor(cuts, dtype=torch.int32, device=device)
-        longest = max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(cuts))
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     @torch.no_grad()
     def check_reproduces(self) -> None:
-        """Raise ConfigError unless packing and head give the model's own log-probabilities: logits may be scaled, capped, biased."""
+        """Raise ConfigError unless packing and head give the log-probabilities of the model's own forward."""
         device = next(self.parameters()).device
         ids = torch.arange(12, device=device) % self.lm.config.get_text_config().vocab_size
         places = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
@@ -198,8 +209,8 @@ class PolicyModel(nn.Module):
         error = (ours - torch.cat(wanted)[torch.tensor([0, 3, 4, 9], device=device)]).abs().max().item()
         if not error < MAX_LOGPROB_ERROR:
             raise ConfigError(
-                f"log-probabilities of {type(self.lm).__name__} must be those of a linear head, but differ by {error:.3g}: the model "
-                f"scales, caps or biases its logits, which the learner does not do; set model.path"
+                f"log-probabilities of {type(self.lm).__name__} must be those of a linear head, but differ by "
+                f"{error:.3g}: the model scales, caps or biases its logits, as the learner does not; set model.path"
             )
 
 

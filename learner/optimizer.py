@@ -1,7 +1,7 @@
 """AdamW that DeepSpeed needs where it has no guard of its own: ZeRO 0 in float32.
 
-There DeepSpeed reports no gradient norm, and a NaN goes into every weight while the step counts as applied. The engine reads the
-two attributes `overflow` and `_global_grad_norm` of its optimizer; all else is torch's AdamW, bit for bit.
+There DeepSpeed reports no gradient norm, and a NaN goes into every weight while the step counts as applied. The engine
+reads the two attributes `overflow` and `_global_grad_norm` of its optimizer; all else is torch's AdamW, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Clips to a gradient norm, keeps the norm before clipping, and leaves everything as it is when that is not finite."""
+    """Clips to a gradient norm, keeps the norm before clipping, and does nothing when that is not finite."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], clip_grad: float, **settings: Any) -> None:
         super().__init__(parameters, **settings)

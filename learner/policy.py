@@ -1,7 +1,8 @@
 """The policy that is trained: a model under DeepSpeed with `logprobs`, `update` and access to its weights.
 
-Runs in every learner rank; every method is collective unless it says otherwise. Which loss is used, in which order things happen and what a
-version is, is the trainer's. That a step with a non-finite loss or gradient changes nothing on any rank rests on `update`.
+Runs in every learner rank; every method is collective unless it says otherwise. Which loss is used, in which order
+things happen and what a version is, is the trainer's. That a step with a non-finite loss or gradient changes nothing on
+any rank rests on `update`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Update:
 class Policy:
     """Made by `Policy.open`."""
 
-    def __init__(self, lm: PreTrainedModel, engine: DeepSpeedEngine, model_path: str, temperature: float, ranks: Ranks) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, engine: DeepSpeedEngine, model_path: str, temperature: float, ranks: Ranks
+    ) -> None:
         self._lm = lm
         self._named = list(lm.named_parameters())  # a tied head is in it once, as the embedding
         self._engine = engine
@@ -50,7 +53,7 @@ class Policy:
 
     @classmethod
     def open(cls, config: Config, model_path: str, ranks: Ranks) -> Policy:
-        """Load the model and partition it. Raises ConfigError if the model or the `deepspeed:` settings cannot be used."""
+        """Load the model and partition it. Raises ConfigError if model or `deepspeed:` settings cannot be used."""
         dtype = resolved_dtype(config.model.dtype, ranks.device)
         lm = load(model_path, dtype, ranks.device, config.model.trust_remote_code)
         model = PolicyModel(lm, config.learner.logprob_chunk_tokens, config.learner.gradient_checkpointing)
@@ -74,7 +77,7 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float | None = None) -> list[Tensor]:
-        """Log-probabilities [K] of each micro-batch's targets under the current weights. `temperature` None: that of sampling."""
+        """Log-probabilities [K] of each micro-batch under the current weights. `temperature` None: that of sampling."""
         padded, _ = self._padded(micro_batches)
         return [self._forward(batch.to(self._ranks.device), temperature)[0] for batch in padded][: len(micro_batches)]
 
@@ -87,7 +90,8 @@ class Policy:
     ) -> Update:
         """One optimizer step on the batch that all ranks' micro-batches make. `temperature` None: that of sampling.
 
-        Ranks may bring different numbers of micro-batches; one with fewer runs empty ones, because backward is a collective.
+        Ranks may bring different numbers of micro-batches; one with fewer runs empty ones, because backward is a
+        collective.
         """
         padded, count = self._padded(micro_batches)
         totals: dict[str, Tensor] = {}
@@ -113,8 +117,7 @@ class Policy:
         return self._engine(batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, heat)
 
     def _padded(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], int]:
-        count = int(self._ranks.max_across({"micro_batches": len(micro_batches)})["micro_batches"])
-        assert count, "no rank has a token to train"
+        count = max(1, int(self._ranks.max_across({"micro_batches": len(micro_batches)})["micro_batches"]))
         return [*micro_batches, *[empty_micro_batch()] * (count - len(micro_batches))], count
 
     def _poison(self) -> None:
@@ -130,7 +133,7 @@ class Policy:
         return [(name, str(p.dtype).removeprefix("torch."), self._engine.shape(p)) for name, p in self._named]
 
     def owned(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Local: (name, first element, flat elements) of all that this rank writes; over the ranks every element comes once."""
+        """Local: (name, first element, flat elements) that this rank writes; over the ranks each element comes once."""
         for name, parameter in self._named:
             owned = self._engine.owned(parameter)
             if owned is not None:
@@ -159,7 +162,7 @@ class Policy:
             yield name, self._engine.training_state(parameter)
 
     def restore(self, num_applied: int, read: Callable[[str], Mapping[str, Tensor]]) -> None:
-        """Set what `training_state` gave; `read` gives it by parameter name. Raises KeyError from `read` for a name it lacks."""
+        """Set what `training_state` gave; `read` gives it by parameter name."""
         self._engine.begin_restore(num_applied)
         for name, parameter in self._named:
             self._engine.restore(parameter, read(name))

@@ -1,8 +1,9 @@
 """The policy's weights -> snapshots that generators load. Runs in every learner rank.
 
-The learner stands still for `copy` alone; rank 0 calls `finish` from another thread, and a version may be announced only after it.
-Under ZeRO 0 to 2 rank 0 writes; under ZeRO 3 every rank writes its slices into one file, so nothing is gathered and the ranks must
-share a host. That no snapshot mixes two versions rests on `copy`: it returns on every rank after all have written.
+The learner stands still for `copy` alone; rank 0 calls `finish` from another thread, and a version may be announced
+only after it. Under ZeRO 0 to 2 rank 0 writes; under ZeRO 3 every rank writes its slices into one file, so nothing is
+gathered and the ranks must share a host. That no snapshot mixes two versions rests on `copy`: it returns on every rank
+after all have written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KEPT = 3  # one that generators load, one before it, one that is being written
 
 
 class Publisher:
-    """Owns `folder`, in shared memory and readable by this user only: what lies there from an earlier run is removed."""
+    """Owns `folder`, readable by this user only; what lies there from an earlier run is removed."""
 
     def __init__(self, folder: Path, policy: Policy, ranks: Ranks) -> None:
         self._folder = folder

@@ -1,8 +1,8 @@
 """The learner's ranks: who this process is among them, its device, and the few things ranks tell each other.
 
-Runs in every learner process. A single process without torchrun's variables is a world of one rank. Every collective reduces one
-small tensor of numbers: no object and no pickle travels. That a missing rank ends in an error instead of silence rests on
-`Ranks.open` (the group's timeout) and `_named`.
+Runs in every learner process. A single process without torchrun's variables is a world of one rank. Every collective
+reduces one small tensor of numbers: no object and no pickle travels. That a missing rank ends in an error instead of
+silence rests on `Ranks.open` (the group's timeout) and `_named`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 def environment(device: str) -> dict[str, str]:
-    """Defaults a learner's main puts into its environment before it imports deepspeed, which reads them when imported."""
+    """What a learner's main sets, where unset, before it imports deepspeed, which reads it when imported."""
     return {"DS_ACCELERATOR": device, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `num_ranks` equal ones. Every method but `close` is a collective: all ranks call it, in one order."""
+    """This process among `num_ranks` equal ones. Its methods are collectives: all ranks call them, in one order."""
 
     rank: int
     num_ranks: int

@@ -48,9 +48,9 @@ class Recorder:
         if self._writer is None:
             return
         share = taken.share
-        tokens = curves["completion/length_mean"] * curves.pop("completion/count")
-        curves["throughput/tokens_per_s"] = tokens / max(step_s, 1e-9)
-        curves["throughput/steps_per_min"] = 60.0 / max(step_s, 1e-9)
+        completions = curves.pop("completion/count")
+        curves["throughput/samples_per_s"] = completions / step_s
+        curves["throughput/tokens_per_s"] = completions * curves["completion/length_mean"] / step_s
         curves["weights/publish_s"] = self._announcer.stall_s
         curves["weights/bytes"] = float(self._announcer.snapshot_bytes)
         self._writer.write(share.step, curves)

@@ -15,6 +15,8 @@ def write_samples(run_folder: Path, step: int, samples: Iterable[Mapping[str, An
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06}.jsonl"
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    aside.write_text(
+        "".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8"
+    )
     os.replace(aside, path)
     return path

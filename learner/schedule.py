@@ -17,7 +17,7 @@ def learning_rate(
     warmup_steps: int = 0,
     minimum: float = 0.0,
 ) -> float:
-    """Learning rate of 0-based `step`: linear up to `peak` at step `warmup_steps` - 1, then to `minimum` at `total_steps`.
+    """Learning rate of 0-based `step`: up to `peak` at step `warmup_steps` - 1, then to `minimum` at `total_steps`.
 
     Step `total_steps` itself is never trained, so no step runs at a minimum of 0.
     """

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from learner import checkpoint
 from learner.announcer import Announcer
-from learner.examples import read_examples
 from learner.link import Link, Standing
 from learner.policy import Policy
 from learner.publisher import Publisher
@@ -24,6 +23,7 @@ from learner.trainer import Ended, Trainer
 from learner.warmup import WarmupStep, warm_up
 from protocol.addresses import Addresses
 from protocol.config import Config
+from protocol.examples import WARMUP_FILE, read_examples
 from protocol.keys import read_client_key
 from protocol.shared_memory import folder_of, private_folder
 
@@ -79,7 +79,7 @@ def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing:
 
 
 def _warm_up(config: Config, run_dir: Path, policy: Policy, ranks: Ranks, recorder: Recorder, clock: StateClock) -> None:
-    examples = read_examples(run_dir / "warmup.npz")
+    examples = read_examples(run_dir / WARMUP_FILE)
 
     def report(step: WarmupStep) -> None:
         clock.enter(State.WARMING_UP, f"supervised step {step.step + 1} of {config.warmup.steps}, loss {step.loss:.3f}")

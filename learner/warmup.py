@@ -1,7 +1,8 @@
 """Supervised warm start: the policy learns to write given answers before it is rewarded for its own.
 
-Runs in every learner rank, before reinforcement learning and in `tools/sft.py`; packing, engine and numerics are those of the
-policy's own updates. Which rows a step has depends on seed and step only, so the number of ranks changes nothing.
+Runs in every learner rank, before reinforcement learning and in `tools/sft.py`; packing, engine and numerics are those
+of the policy's own updates. Which rows a step has depends on seed and step only, so the number of ranks changes
+nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +18,7 @@ from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.schedule import learning_rate
 from protocol.config import WarmupConfig
-from protocol.types import Tokens
-
-
-class Example(NamedTuple):
-    """A prompt and the answer that is wanted, tokenised; the answer ends with the end-of-sequence token."""
-
-    prompt_tokens: Tokens
-    answer_tokens: Tokens
+from protocol.examples import Example
 
 
 class WarmupStep(NamedTuple):

@@ -26,6 +26,11 @@ class Addresses(NamedTuple):
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"expected the broker's addresses in {path}, got {type(error).__name__}; is {run_dir} a run?") from None
 
+    @staticmethod
+    def run_id(run_dir: Path) -> str:
+        """The random name that a run was given when its folder was made."""
+        return str(json.loads((run_dir / "broker.json").read_text())["run_id"])
+
     @classmethod
     def from_url(cls, url: str) -> Addresses:
         """Raises ConfigError unless the URL is tcp://HOST:PORT."""

@@ -65,7 +65,7 @@ def encode(message: Message, header: Header) -> list[bytes | memoryview]:
         value = getattr(message, name)
         if name in arrays:
             array = np.ascontiguousarray(value, dtype=np.dtype(arrays[name].dtype).newbyteorder("<"))
-            blob = memoryview(array).cast("B") if array.size else memoryview(b"")
+            blob = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
             declared.append([name, arrays[name].dtype, list(array.shape), zlib.crc32(blob)])
             blobs.append(blob)
         else:

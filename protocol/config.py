@@ -153,6 +153,8 @@ class RewardConfig(Section):
     """A built-in name (gsm8k, gsm8k_flexible) or FILE.py:NAME."""
     weight: float = 1.0
     """Factor in the sum."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the function, such as format_score of gsm8k."""
 
 
 class RewardsConfig(Section):

@@ -10,6 +10,7 @@ mains pass it in.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -118,9 +119,8 @@ def read_recipe(path: Path) -> Recipe:
         node = yaml.compose(text, Loader=_Loader)
         tree = yaml.load(text, Loader=_Loader)
     except OSError as error:
-        raise ConfigError(
-            f"expected a recipe at {path}: {error.strerror or error}; --recipe takes a name or a path"
-        ) from None
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"expected settings in {path}, but {reason}; check the path") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(
@@ -228,4 +228,5 @@ def _explain(problem: Any, values: Mapping[str, Value]) -> str:
 
 def _flow(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value) if "\n" in text else text  # JSON is YAML, and stays on its line

@@ -42,7 +42,7 @@ def start_authenticator(context: zmq.Context[Any], allow: AllowList) -> ThreadAu
 
 def bind_router(context: zmq.Context[Any], address: str, key: ServerKey) -> zmq.Socket[Any]:
     """Raises RunLocked if the port is taken."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _common(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left is an error, not silence
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another's routing id
@@ -58,7 +58,7 @@ def bind_router(context: zmq.Context[Any], address: str, key: ServerKey) -> zmq.
     except zmq.ZMQError as error:
         socket.close(linger=0)
         raise RunLocked(
-            f"the broker needs {address}, but {os.strerror(error.errno).lower()}; end the process that holds the port, "
+            f"the broker needs {address}, but {os.strerror(error.errno or 0).lower()}; end the process that holds the port, "
             "or choose another with --bind tcp://HOST:PORT"
         ) from None
     return socket

@@ -13,17 +13,23 @@ from learner.batches import Row, counts, pack
 from learner.losses import GrpoLoss, Totals
 from learner.policy import Policy, Update
 from learner.ranks import Ranks
-from learner.warmup import Example
 from protocol.config import AlgorithmConfig, Config, WarmupConfig
+from protocol.examples import Example
 from tests.models import make_tiny_qwen2
 from tests.rows import VOCAB, random_rows
 
 STEPS = [(11, 9), (12, 1), (13, 14), (14, 6)]  # seed and number of rows
 RATE = 1e-4
 
+
 def model_folder(folder: Path, tied: bool = True, seed: int = 0) -> str:
-    """A tiny model with weights and tokenizer; its name as `--model` takes it."""
-    make_tiny_qwen2(folder, tied, VOCAB, seed).save_pretrained(folder)
+    """A tiny model with weights and tokenizer; its name as `--model` takes it. Its logits are of size 1: rounding stays small."""
+    lm = make_tiny_qwen2(folder, tied, VOCAB, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08 + ("norm" in name))
+    lm.save_pretrained(folder)
     return str(folder)
 
 
@@ -33,7 +39,12 @@ def config(zero: int = 0, **learner: Any) -> Config:
     passthrough = settings.pop("deepspeed", {})
     temperature = settings.pop("temperature", 1.0)
     return Config.model_validate(
-        {"learner": settings, "model": {"dtype": dtype}, "deepspeed": passthrough, "sampling": {"temperature": temperature}}
+        {
+            "learner": settings,
+            "model": {"dtype": dtype},
+            "deepspeed": passthrough,
+            "sampling": {"temperature": temperature},
+        }
     )
 
 
@@ -50,7 +61,7 @@ def logprobs_one_by_one(lm: Qwen2ForCausalLM, row: Row, temperature: float) -> t
 
 @torch.no_grad()
 def sampled_steps(path: str, temperature: float = 1.0) -> list[list[Row]]:
-    """The rows of `STEPS` as if a policy near the model's own had sampled them: ratios are about 1, on both sides of the clips."""
+    """The rows of `STEPS` as if a policy near the model had sampled them: ratios on both sides of the clips."""
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     steps = []
     for seed, number in STEPS:
@@ -95,7 +106,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def assert_trained_alike(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Equal but for rounding: where a gradient is almost zero, Adam makes a whole learning rate out of its last bits."""
+    """Equal but for rounding: of a gradient that is almost zero, Adam makes a whole learning rate."""
     assert a.keys() == b.keys()
     differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
     assert (differences > 1e-6).float().mean() < 1e-3

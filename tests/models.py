@@ -46,13 +46,16 @@ def make_tiny_qwen2(folder: Path, tied: bool, vocab: int = 200, seed: int = 0) -
 
 
 def random_weights(model: Qwen2ForCausalLM, seed: int) -> Qwen2ForCausalLM:
-    """Fill every parameter of `model`, biases and norms too, so that none of them can be forgotten unseen."""
+    """Fill every parameter of `model`, biases and norms too, so that none of them can be forgotten unseen.
+
+    The layers outweigh the embedding: a tied model would else repeat its last token for ever, whatever its weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm" in name))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.14 + ("norm" in name))
         head = model.get_output_embeddings().weight
-        head *= 4.0
+        head *= 3.0
         head[EOS] = 0.0
     return model
 
@@ -91,7 +94,7 @@ def reference_logprobs(
 def hybrid_logprobs(
     old: Qwen2ForCausalLM, new: Qwen2ForCausalLM, prompt: Tokens, completion: Completion, temperature: float
 ) -> NDArray[np.float32]:
-    """Log-probabilities of the tokens behind the first version span, from `new` weights that read the cache of `old` ones.
+    """Log-probabilities of the tokens behind the first version span, from `new` weights on the cache of `old` ones.
 
     The last token before the update had not been run through the model when the weights changed.
     """

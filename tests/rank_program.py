@@ -1,6 +1,7 @@
 """One of several learner ranks over gloo: trains at every ZeRO stage and writes down what it saw.
 
-`run_ranks` starts as many as asked for; each process runs `main`. What is written is compared with one rank by the tests.
+`run_ranks` starts as many as asked for; each process runs `main`. What is written is compared with one rank by the
+tests.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ def run_ranks(folder: Path, num_ranks: int, timeout_s: float = 100.0) -> list[di
     processes = []
     for rank in range(num_ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         with open(folder / f"rank{rank}.log", "wb") as log:
             command = [sys.executable, "-m", "tests.rank_program", str(folder)]
             processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=os.environ | place | meeting, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    command, cwd=ROOT, env=os.environ | place | meeting, stdout=log, stderr=subprocess.STDOUT
+                )
             )
     try:
         codes = [process.wait(timeout_s) for process in processes]
@@ -117,7 +125,11 @@ def restoring(folder: Path, ranks: Any) -> dict[str, Any]:
     update = train_step(policy, ranks, sampled_steps(str(folder / "tied"))[2], learning_rate=RATE)
     if ranks.is_first:
         save_file(state, folder / "restored.safetensors")
-    return {"extras": {name: list(value) for name, value in extras.items()}, "norm": update.grad_norm, "applied": policy.num_applied}
+    return {
+        "extras": {name: list(value) for name, value in extras.items()},
+        "norm": update.grad_norm,
+        "applied": policy.num_applied,
+    }
 
 
 def supervised(folder: Path, ranks: Any) -> list[float]:

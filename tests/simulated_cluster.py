@@ -1,7 +1,8 @@
-"""A whole cluster in one process and in simulated time: generators, learner, network and every kind of death, around the real scheduler.
+"""A cluster in simulated time around the real scheduler: generators, a learner, a network, and every kind of death.
 
-Used by tests only. Events lie in a heap; nothing waits. What it asserts on the way is what the design promises: the bound on
-staleness per token, the bound on memory, and that every prompt has influenced the surviving weights at most once.
+Used by tests only. Events lie in a heap; nothing waits. What it asserts on the way is what the design promises: the
+bound on staleness of every token, the bound on memory, and that every prompt influences the surviving weights at most
+once.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ def answer(grant: Grant, sample: int, reward: float, newest_version: int | None 
     if error:
         return Trajectory(grant.prompt, grant.attempt, sample, None, error=error)
     newest = grant.version if newest_version is None else newest_version
-    spans = (VersionSpan(grant.version, 0, 2),)
-    if newest != grant.version:
-        spans = (VersionSpan(grant.version, 0, 1), VersionSpan(newest, 1, 2))
+    mixed = (VersionSpan(grant.version, 0, 1), VersionSpan(newest, 1, 2))
+    spans = mixed if newest != grant.version else (VersionSpan(newest, 0, 2),)
     completion = Completion(TOKENS, LOGPROBS, spans, FinishReason.STOP)
     return Trajectory(grant.prompt, grant.attempt, sample, completion, reward)
 
@@ -120,7 +120,13 @@ class Cluster:
             assert self.now < limit_s, f"not done after {limit_s} s: {self.scheduler.describe(self.now)}"
             event()
             self._settle_down()
-        self.scheduler.ledger.check()
+        ledger = self.scheduler.ledger
+        ledger.check()
+        assert ledger.trained == len(self.trained), (
+            f"{ledger.trained} prompts count as trained, {len(self.trained)} were"
+        )
+        if self.scheduler.done and self.scheduler.num_steps_left:
+            assert ledger.num_settled == self.settings.num_prompts, f"the stream ended with {ledger.counts()}"
         return self
 
     # --- The learner and the broker -----------------------------------------------------------------------------------
@@ -150,7 +156,8 @@ class Cluster:
             if not group.remainder:
                 assert group.prompt not in self.trained, f"prompt {group.prompt} is trained twice"
                 self.trained.append(group.prompt)
-            for span in (span for answer in group.trajectories for span in answer.completion.spans):  # type: ignore[union-attr]
+            completions = [answer.completion for answer in group.trajectories if answer.completion]
+            for span in (span for completion in completions for span in completion.spans):
                 staleness = batch.step - span.version
                 if staleness > self.settings.max_staleness:
                     assert group.remainder, f"step {batch.step} trains {span} of prompt {group.prompt}"
@@ -252,7 +259,7 @@ class Cluster:
         self._crash(self.random.choice(self._generators))
 
     def _crash(self, generator: SimulatedGenerator) -> None:
-        """Half of the deaths are seen at once, the others only when leases expire; another generator takes its place."""
+        """Half of the deaths are seen at once, the others when leases expire; another generator takes its place."""
         if generator.alive:
             generator.alive = False
             self._generators.remove(generator)

@@ -1,4 +1,4 @@
-"""The clipped-ratio loss, its gradient and its sums against scalar derivations in float64, on both sides of each clip."""
+"""The clipped-ratio loss, its gradient and its sums against scalar derivations, on both sides of each clip."""
 
 from __future__ import annotations
 
@@ -49,7 +49,13 @@ def test_the_sums_count_what_the_curves_say() -> None:
     advantages = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     entropies = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
     loss, sums = clipped_ratio_loss(
-        log_ratios - 3.0, entropies, torch.full((6,), -3.0, dtype=torch.float64), advantages, torch.full((6,), 1 / 6), LOW, HIGH
+        log_ratios - 3.0,
+        entropies,
+        torch.full((6,), -3.0, dtype=torch.float64),
+        advantages,
+        torch.full((6,), 1 / 6),
+        LOW,
+        HIGH,
     )
     curves = averages({name: value.item() for name, value in sums.items()} | {"loss": loss.item()})
     ratios = [math.exp(x) for x in log_ratios.tolist()]
@@ -74,7 +80,9 @@ def test_equal_policies_have_no_mismatch() -> None:
 def test_weights_mean_over_tokens_or_first_within_each_sequence() -> None:
     lengths = torch.tensor([1.0, 3.0, 3.0, 3.0])
     assert token_weights(lengths, "token_mean", Totals(4, 2)).tolist() == [0.25] * 4
-    torch.testing.assert_close(token_weights(lengths, "sequence_mean", Totals(4, 2)), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
+    torch.testing.assert_close(
+        token_weights(lengths, "sequence_mean", Totals(4, 2)), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])

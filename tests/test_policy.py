@@ -1,4 +1,4 @@
-"""One rank: DeepSpeed's stages against a plain torch loop, packing against single sequences, and steps that must change nothing."""
+"""One rank: ZeRO stages against plain torch, packing against single sequences, steps that must change nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
     return model_folder(tmp_path_factory.mktemp("tied"))
 
 
-def plain_training(path: str, steps: list[list[Row]], temperature: float = 1.0) -> tuple[dict[str, torch.Tensor], list[float]]:
+def plain_training(
+    path: str, steps: list[list[Row]], temperature: float = 1.0
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same steps in plain torch: no DeepSpeed, no packing, no chunks, no micro-batches, a loss written anew."""
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     optimizer = torch.optim.AdamW(lm.parameters(), lr=RATE, weight_decay=0.01)
@@ -56,7 +58,9 @@ def plain_training(path: str, steps: list[list[Row]], temperature: float = 1.0) 
     for rows in steps:
         losses = []
         for row in rows:
-            ratio = (logprobs_one_by_one(lm, row, temperature) - torch.from_numpy(row.behavior_logprobs[row.kept])).exp()
+            ratio = (
+                logprobs_one_by_one(lm, row, temperature) - torch.from_numpy(row.behavior_logprobs[row.kept])
+            ).exp()
             losses.append(-torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage))
         torch.cat(losses).mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)))
@@ -115,7 +119,9 @@ def test_the_temperature_of_sampling_is_that_of_training(tied: str, ranks: Ranks
     steps = sampled_steps(tied, 0.7)
     wanted, norms = plain_training(tied, steps, temperature=0.7)
     policy = open_policy(tied, ranks, temperature=0.7)
-    assert [train_step(policy, ranks, rows, learning_rate=RATE).grad_norm for rows in steps] == pytest.approx(norms, rel=1e-4)
+    assert [train_step(policy, ranks, rows, learning_rate=RATE).grad_norm for rows in steps] == pytest.approx(
+        norms, rel=1e-4
+    )
     assert_trained_alike(weights(policy), wanted)
 
 
@@ -135,7 +141,9 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(tied: str) -> No
     results = []
     for chunk in (1, 7, 100_000):
         module = PolicyModel(load(tied, torch.float32, CPU, False), chunk, False)
-        logprobs, entropies = module(batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, 1.3)
+        logprobs, entropies = module(
+            batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, 1.3
+        )
         (logprobs * torch.arange(len(logprobs))).mean().backward()
         results.append((logprobs, entropies, torch.cat([p.grad.flatten() for p in module.parameters()])))
     for result in results[1:]:
@@ -167,7 +175,9 @@ def test_gradient_checkpointing_changes_no_number(tied: str, ranks: Ranks) -> No
 
 
 @pytest.mark.parametrize("kind", ["infinite loss", "nan gradient"])
-@pytest.mark.parametrize(("zero", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16")])
+@pytest.mark.parametrize(
+    ("zero", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16")]
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_is_fine(
     tied: str, ranks: Ranks, zero: int, dtype: str, kind: str
 ) -> None:
@@ -213,10 +223,10 @@ def test_logprobs_between_updates_disturb_nothing(tied: str, ranks: Ranks, zero:
 def test_bfloat16_follows_float32(tied: str, ranks: Ranks, zero: int) -> None:
     half, full = open_policy(tied, ranks, zero, dtype="bfloat16"), open_policy(tied, ranks)
     assert half.zero_stage == max(1, zero)
-    for seed, number in STEPS:
-        norms = [train_step(policy, ranks, random_rows(seed, number)).grad_norm for policy in (half, full)]
-        assert norms[0] == pytest.approx(norms[1], rel=0.2)
-    assert 0.0 < largest_difference(weights(half), weights(full)) < 1e-2
+    for rows in sampled_steps(tied):
+        norms = [train_step(policy, ranks, rows, learning_rate=RATE).grad_norm for policy in (half, full)]
+        assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    assert 0.0 < largest_difference(weights(half), weights(full)) < 5e-3
     assert {dtype for _, dtype, _ in half.layout()} == {"bfloat16"}
 
 
@@ -240,7 +250,9 @@ def test_a_reset_optimizer_steps_like_a_new_one(tied: str, ranks: Ranks, zero: i
 
 
 @pytest.mark.parametrize("zero", [0, 3])
-def test_a_saved_folder_gives_the_same_logprobs_in_transformers(model: str, ranks: Ranks, tmp_path: Path, zero: int) -> None:
+def test_a_saved_folder_gives_the_same_logprobs_in_transformers(
+    model: str, ranks: Ranks, tmp_path: Path, zero: int
+) -> None:
     policy = open_policy(model, ranks, zero)
     train_step(policy, ranks, random_rows(1, 8))
     policy.save_pretrained(tmp_path / "hf")
@@ -260,7 +272,9 @@ def test_a_model_with_a_sliding_window_is_refused(ranks: Ranks, tmp_path: Path) 
         open_policy(str(tmp_path), ranks)
 
 
-def test_a_model_that_transforms_its_logits_is_refused(ranks: Ranks, tied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_transforms_its_logits_is_refused(
+    ranks: Ranks, tied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Qwen2ForCausalLM.forward
 
     def capped(self: Qwen2ForCausalLM, *arguments: Any, **named: Any) -> Any:
@@ -279,7 +293,13 @@ def test_a_folder_without_a_model_is_an_error_with_words(ranks: Ranks, tmp_path:
 
 
 def tiny_config(**changes: Any) -> Qwen2Config:
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return Qwen2Config(**sizes, num_key_value_heads=1, **changes)
 
 
@@ -318,6 +338,11 @@ def test_a_policy_knows_its_vocabulary_and_layout(model: str, ranks: Ranks) -> N
 
 
 def test_the_aggregations_of_the_settings_are_those_of_the_loss(tied: str, ranks: Ranks) -> None:
-    settings = [AlgorithmConfig.model_validate({"aggregation": name}).aggregation for name in ("token_mean", "sequence_mean")]
-    losses = [train_step(open_policy(tied, ranks), ranks, random_rows(2, 9), aggregation=name).sums["loss"] for name in settings]
+    settings = [
+        AlgorithmConfig.model_validate({"aggregation": name}).aggregation for name in ("token_mean", "sequence_mean")
+    ]
+    losses = [
+        train_step(open_policy(tied, ranks), ranks, random_rows(2, 9), aggregation=name).sums["loss"]
+        for name in settings
+    ]
     assert abs(losses[0] - losses[1]) > 1e-3

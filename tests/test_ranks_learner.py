@@ -1,6 +1,7 @@
 """Several ranks over gloo do what one rank does, at every ZeRO stage, with unlike numbers of rows and micro-batches.
 
-Three ranks, because no parameter of the tiny model divides by three: ZeRO 3's slices are of unlike lengths. One start serves all tests.
+Three ranks, because no parameter of the tiny model divides by three: ZeRO 3's slices are of unlike lengths. One start
+serves all tests.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Ran:
     return Ran(folder, run_ranks(folder, NUM_RANKS))
 
 
-def one_rank(ran: Ran, ranks: Ranks, zero: int) -> tuple[dict[str, torch.Tensor], list[float], list[float], list[float]]:
+def one_rank(
+    ran: Ran, ranks: Ranks, zero: int
+) -> tuple[dict[str, torch.Tensor], list[float], list[float], list[float]]:
     """Weights, norms, losses and tokens of the same steps on one rank in ZeRO 0."""
     model = str(ran.folder / ("tied" if zero % 2 else "untied"))
     policy = open_policy(model, ranks)
@@ -104,7 +107,9 @@ def test_a_snapshot_that_several_ranks_wrote_is_the_checkpoint_of_that_step(ran:
 
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.parametrize("into", [0, 1, 3])
-def test_a_checkpoint_of_several_ranks_loads_in_one_rank_at_any_stage(ran: Ran, ranks: Ranks, zero: int, into: int) -> None:
+def test_a_checkpoint_of_several_ranks_loads_in_one_rank_at_any_stage(
+    ran: Ran, ranks: Ranks, zero: int, into: int
+) -> None:
     path = ran.folder / f"checkpoints{zero}" / "step_4"
     policy = open_policy(str(ran.folder / ("tied" if zero % 2 else "untied")), ranks, into)
     assert checkpoint.load(path, policy) == {"who": 0}
@@ -118,7 +123,9 @@ def test_a_checkpoint_of_one_rank_goes_on_in_several(ran: Ran, ranks: Ranks) -> 
     saved = load_file(ran.folder / "one_rank" / "step_2" / "training-00000.safetensors")
     assert largest_difference(load_file(ran.folder / "restored.safetensors"), saved) == 0.0
     policy = open_policy(str(ran.folder / "tied"), ranks)
-    updates = [train_step(policy, ranks, rows, learning_rate=RATE) for rows in sampled_steps(str(ran.folder / "tied"))[:3]]
+    updates = [
+        train_step(policy, ranks, rows, learning_rate=RATE) for rows in sampled_steps(str(ran.folder / "tied"))[:3]
+    ]
     for rank in ran.seen:
         assert rank["restored"]["norm"] == pytest.approx(updates[2].grad_norm, rel=1e-5)
         assert rank["restored"]["applied"] == 3

@@ -1,4 +1,4 @@
-"""The supervisor with real little processes: what is restarted, what ends a run, and that nothing is ever left behind."""
+"""The supervisor with real little processes: what is restarted, what ends a run, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,9 +23,13 @@ DEADLINE_S = 10.0
 STAY = "import signal, sys; signal.signal(signal.SIGTERM, lambda *a: sys.exit(0)); print('up'); signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up')\nwhile True: signal.pause()"
 FAIL = "raise ValueError('the first error')"
-WATCH_PARENT = (
-    "import os, signal; from launch.parent import leave_with_parent; leave_with_parent(os.environ); print('up'); signal.pause()"
-)
+WATCH_PARENT = """
+import os, signal
+from launch.parent import leave_with_parent
+leave_with_parent(os.environ)
+print('up')
+signal.pause()
+"""
 
 
 def leave_with(code: int) -> str:
@@ -34,7 +38,8 @@ def leave_with(code: int) -> str:
 
 def die_once(marker: Path, then: str) -> str:
     """Fails at its first start, and is `then` at its second."""
-    return f"import os, sys\nif not os.path.exists({str(marker)!r}):\n open({str(marker)!r}, 'w').close(); sys.exit(9)\n{then}"
+    path = repr(str(marker))
+    return f"import os, sys\nif not os.path.exists({path}):\n open({path}, 'w').close(); sys.exit(9)\n{then}"
 
 
 def process(name: str, role: ProcessRole, code: str) -> Process:
@@ -56,7 +61,7 @@ def cluster(broker: str = STAY, learners: tuple[str, ...] = (STAY,), generators:
 class Run:
     """A started supervisor, what it told, and its verdict."""
 
-    def __init__(self, plan: Plan, folder: Path, *, restarts: int = 5, drain_s: float = 20.0) -> None:
+    def __init__(self, plan: Plan, folder: Path, *, restarts: int, drain_s: float) -> None:
         self.told: list[str] = []
         self.drained = 0
         self.folder = folder
@@ -89,13 +94,16 @@ class Run:
         return next(seen.restarts for seen in self.supervisor.processes() if seen.name == name)
 
 
+Start = Callable[..., Run]
+
+
 @pytest.fixture
-def started(tmp_path: Path):  # noqa: ANN201
+def started(tmp_path: Path) -> Iterator[Start]:
     runs: list[Run] = []
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
-    def start(plan: Plan, **options: float) -> Run:
-        runs.append(Run(plan, tmp_path / "logs", **options))  # type: ignore[arg-type]
+    def start(plan: Plan, *, restarts: int = 5, drain_s: float = 20.0) -> Run:
+        runs.append(Run(plan, tmp_path / "logs", restarts=restarts, drain_s=drain_s))
         return runs[-1]
 
     yield start
@@ -105,12 +113,12 @@ def started(tmp_path: Path):  # noqa: ANN201
     assert not left, f"left behind: {left}"
 
 
-def test_a_learner_that_ends_well_ends_the_run_and_the_others_leave(started) -> None:
+def test_a_learner_that_ends_well_ends_the_run_and_the_others_leave(started: Start) -> None:
     verdict = started(cluster(learners=(leave_with(0), leave_with(0)))).verdict()
     assert verdict == Verdict(Exit.DONE, "the run is complete")
 
 
-def test_a_dead_generator_is_restarted_while_the_others_stay(started, tmp_path: Path) -> None:
+def test_a_dead_generator_is_restarted_while_the_others_stay(started: Start, tmp_path: Path) -> None:
     run = started(cluster(generators=(die_once(tmp_path / "marker", STAY), STAY)))
     run.until(run.everybody_is_up)
     assert run.restarts("generator-0") == 1
@@ -119,33 +127,33 @@ def test_a_dead_generator_is_restarted_while_the_others_stay(started, tmp_path: 
     assert "restart 1 of 5 in 0.5 s" in run.told[0]
 
 
-def test_a_generator_beyond_its_budget_is_given_up_and_the_other_goes_on(started) -> None:
+def test_a_generator_beyond_its_budget_is_given_up_and_the_other_goes_on(started: Start) -> None:
     run = started(cluster(generators=(FAIL, STAY)), restarts=1)
     run.until(lambda: len(run.told) == 2)
     assert "going on without it" in run.told[1]
     assert [s.state for s in run.supervisor.processes() if s.role is ProcessRole.GENERATOR] == ["given up", "running"]
 
 
-def test_the_last_generator_beyond_its_budget_ends_the_run_with_its_first_error(started) -> None:
+def test_the_last_generator_beyond_its_budget_ends_the_run_with_its_first_error(started: Start) -> None:
     verdict = started(cluster(generators=(FAIL,)), restarts=0).verdict()
     assert verdict.code == 1
     assert "generator-0 ended with code 1: ValueError: the first error" in verdict.text
     assert "generator-0.log" in verdict.text
 
 
-def test_a_wrong_setting_is_not_tried_again(started) -> None:
+def test_a_wrong_setting_is_not_tried_again(started: Start) -> None:
     verdict = started(cluster(broker=f"print('error: no column question'); {leave_with(Exit.SETTINGS)}")).verdict()
     assert verdict.code == Exit.SETTINGS
     assert "broker ended with code 2 (settings): error: no column question" in verdict.text
 
 
-def test_a_dead_broker_is_restarted_and_the_learner_is_left_alone(started, tmp_path: Path) -> None:
+def test_a_dead_broker_is_restarted_and_the_learner_is_left_alone(started: Start, tmp_path: Path) -> None:
     run = started(cluster(broker=die_once(tmp_path / "marker", STAY)))
     run.until(run.everybody_is_up)
     assert (run.restarts("broker"), run.restarts("learner-0")) == (1, 0)
 
 
-def test_one_dead_rank_takes_its_group_down_and_all_ranks_come_back_with_resume(started, tmp_path: Path) -> None:
+def test_one_dead_rank_takes_its_group_down_and_all_ranks_come_back_with_resume(started: Start, tmp_path: Path) -> None:
     report = "import sys; print('arguments', sys.argv[1:])\n" + STAY
     run = started(cluster(learners=(report, die_once(tmp_path / "marker", report))))
     run.until(lambda: all("arguments ['--resume']" in run.log(f"learner-{rank}") for rank in (0, 1)))
@@ -153,7 +161,7 @@ def test_one_dead_rank_takes_its_group_down_and_all_ranks_come_back_with_resume(
     assert run.restarts("generator-0") == 0
 
 
-def test_a_learner_that_keeps_dying_ends_the_run(started, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learner_that_keeps_dying_ends_the_run(started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.supervisor.RESTARTS", 1)
     run = started(cluster(learners=(FAIL,)))
     verdict = run.verdict()
@@ -162,7 +170,7 @@ def test_a_learner_that_keeps_dying_ends_the_run(started, monkeypatch: pytest.Mo
     assert len(run.told) == 1
 
 
-def test_what_left_its_session_is_found_and_killed(started, tmp_path: Path) -> None:
+def test_what_left_its_session_is_found_and_killed(started: Start, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     escape = (
         "import subprocess, sys\n"
@@ -174,7 +182,7 @@ def test_what_left_its_session_is_found_and_killed(started, tmp_path: Path) -> N
     assert not psutil.pid_exists(int(note.read_text()))
 
 
-def test_the_first_interrupt_drains_and_the_learner_ends_by_itself(started, tmp_path: Path) -> None:
+def test_the_first_interrupt_drains_and_the_learner_ends_by_itself(started: Start, tmp_path: Path) -> None:
     note = tmp_path / "drained"
     obedient = f"import os, sys\nprint('up')\nwhile not os.path.exists({str(note)!r}): pass\nsys.exit(130)"
     run = started(cluster(learners=(obedient,)))
@@ -186,7 +194,7 @@ def test_the_first_interrupt_drains_and_the_learner_ends_by_itself(started, tmp_
     assert run.drained == 1
 
 
-def test_a_learner_that_does_not_drain_is_terminated_at_the_deadline(started) -> None:
+def test_a_learner_that_does_not_drain_is_terminated_at_the_deadline(started: Start) -> None:
     run = started(cluster(), drain_s=0.3)
     run.until(run.everybody_is_up)
     run.supervisor.interrupt()
@@ -195,7 +203,7 @@ def test_a_learner_that_does_not_drain_is_terminated_at_the_deadline(started) ->
     assert "did not end within" in verdict.text
 
 
-def test_the_second_interrupt_leaves_nothing_within_two_seconds(started) -> None:
+def test_the_second_interrupt_leaves_nothing_within_two_seconds(started: Start) -> None:
     run = started(cluster(STUBBORN, (STUBBORN, STUBBORN), (STUBBORN, STUBBORN)))
     run.until(run.everybody_is_up)
     run.supervisor.interrupt()
@@ -210,7 +218,8 @@ def test_children_leave_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     driver = (
         "import os, pathlib, time\n"
         "from tests.test_supervisor import Run, cluster, WATCH_PARENT\n"
-        f"run = Run(cluster(WATCH_PARENT, (WATCH_PARENT,), (WATCH_PARENT,)), pathlib.Path({str(tmp_path)!r}))\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "run = Run(cluster(WATCH_PARENT, (WATCH_PARENT,), (WATCH_PARENT,)), folder, restarts=0, drain_s=1)\n"
         "run.until(run.everybody_is_up)\n"
         "print(*[child.popen.pid for unit in run.supervisor._units for child in unit.children], flush=True)\n"
         "time.sleep(60)\n"

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.ranks import Ranks
 from learner.warmup import WarmupStep, batch_of_step, warm_up
 from tests.learning import examples, model_folder, open_policy, train_step, warmup_settings, weights
 from tests.rows import random_rows
+from tools.tiny_model import Shape, train_tokenizer, write_model
+from tools.word_problems import split
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,27 +80,37 @@ def test_a_batch_may_be_larger_than_the_data() -> None:
 
 
 def run_sft(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "LOCAL_RANK", "PYTHONPATH")}
+    environ = {
+        name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "LOCAL_RANK", "PYTHONPATH")
+    }
     command = [sys.executable, str(ROOT / "tools" / "sft.py"), *arguments]
     return subprocess.run(
-        command, env=environ | {"OMP_NUM_THREADS": "1"}, cwd="/", capture_output=True, text=True, timeout=90, check=False
+        command,
+        env=environ | {"OMP_NUM_THREADS": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
     )
 
 
-def test_the_sft_tool_writes_a_model_that_answers(model: str, tmp_path: Path) -> None:
-    rows = [{"question": f"w{k} w3", "answer": f"w{k + 50}"} for k in range(10, 16)]
+def test_the_sft_tool_writes_a_model_that_answers(tmp_path: Path) -> None:
+    problems = split(0, 8, 0)[0]
+    tokenizer = train_tokenizer([text for problem in problems for text in problem], 400)
+    write_model(tmp_path / "in", tokenizer, Shape(hidden=64), seed=0)
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--steps", "60", "--batch", "6", "--lr", "2e-3", "--device", "cpu"]
-    result = run_sft("--model", model, "--data", str(data), "--out", str(tmp_path / "out"), *flags)
+    data.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+    flags = ["--steps", "120", "--batch", "8", "--lr", "5e-3", "--device", "cpu"]
+    result = run_sft("--model", str(tmp_path / "in"), "--data", str(data), "--out", str(tmp_path / "out"), *flags)
     assert result.returncode == 0, result.stderr
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for row in rows:
-        answer = lm.generate(**tokenizer(row["question"], return_tensors="pt"), max_new_tokens=2, do_sample=False)
-        assert tokenizer.decode(answer[0, 2:]) == f"{row['answer']} <eos>"
+    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for problem in problems:
+        chat = [{"role": "user", "content": problem.question}]
+        ids = reader.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        answer = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
+        assert reader.decode(answer[0, ids.shape[1] :]) == problem.answer + "<|end|>"
 
 
 def test_the_sft_tool_says_what_is_wrong_with_a_row(model: str, tmp_path: Path) -> None:

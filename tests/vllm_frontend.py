@@ -1,4 +1,7 @@
-"""A process with a vLLM engine in it, to be killed: `python tests/vllm_frontend.py MODEL_FOLDER` prints the engine core's pid."""
+"""A process with a vLLM engine in it, to be killed by a test.
+
+Run with a model folder, it prints the engine core's pid and the names of the variables that vLLM has set meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from actors.vllm_settings import environment
 
 async def main() -> None:
     os.environ.update(environment("cpu"))
+    before = set(os.environ)
     engine = VLLMEngine(EngineOptions(Path(sys.argv[1]), max_model_len=256))
     await engine.start()
-    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    [core] = multiprocessing.active_children()
+    print(core.pid, *sorted(set(os.environ) - before), flush=True)
     await asyncio.Event().wait()
 
 

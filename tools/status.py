@@ -9,9 +9,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,18 +21,26 @@ from protocol.settings import load
 
 
 async def show(run_dir: Path, as_json: bool, watch: bool) -> None:
-    """Print one status, or with `watch` one after the other until Ctrl-C. Raises TetherError if the broker is silent."""
+    """Show one status, or with `watch` every second's until Ctrl-C. Raises TetherError if the broker is silent."""
     broker = BrokerLine(run_dir, "status", lambda status: None)
     console = Console(load(run_dir / "config.yaml"), run_dir, open_screen())
+    if watch and not as_json:
+        console.start()
     try:
         while True:
-            status: Mapping[str, Any] = await broker.status()
+            status = await broker.status()
             console.answered(status)
-            print(json.dumps(status)) if as_json else console.print_once()
+            if as_json:
+                print(json.dumps(status), flush=True)
+            elif watch:
+                console.update(())
+            else:
+                console.print_once()
             if not watch:
                 return
             await asyncio.sleep(ASK_EVERY_S)
     finally:
+        console.close()
         await broker.close()
 
 

@@ -1,0 +1,39 @@
+"""GSM8K: does the number after `####` equal the reference answer's?
+
+Runs in a reward worker. The rules are those of verl's scorer, so that numbers can be compared with published ones: only the last 300
+characters are looked at, the last match counts, and numbers are compared as text.
+"""
+
+from __future__ import annotations
+
+import re
+
+LOOKED_AT_CHARACTERS = 300
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_NUMBER = re.compile(r"(\-?[0-9\.\,]+)")
+
+
+def gsm8k(completion: str, answer: str, format_score: float = 0.0) -> float:
+    """1 for the reference number after `#### `, `format_score` for another number there, 0 for none."""
+    found = _STRICT.findall(completion[-LOOKED_AT_CHARACTERS:])
+    if not found:
+        return 0.0
+    return 1.0 if _clean(found[-1]) == reference(answer) else format_score
+
+
+def gsm8k_flexible(completion: str, answer: str, format_score: float = 0.0) -> float:
+    """As `gsm8k`, for the last number of the text, wherever it stands; its commas and dots are kept, as in verl."""
+    found = [number for number in _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:]) if number not in ("", ".")]
+    if not found:
+        return 0.0
+    return 1.0 if found[-1] == reference(answer) else format_score
+
+
+def reference(answer: str) -> str:
+    """The number of a reference: after `#### ` where there is one, else the whole text. Commas are dropped."""
+    found = _STRICT.search(answer)
+    return (found.group(1) if found else answer.strip()).replace(",", "")
+
+
+def _clean(number: str) -> str:
+    return number.replace(",", "").replace("$", "")

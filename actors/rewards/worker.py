@@ -1,0 +1,64 @@
+"""A reward worker: a process of its own that scores completions, one call after the other.
+
+Speaks length-prefixed msgpack on its first two descriptors; what reward code prints goes to stderr. Before each function it says which
+one it is about to call, so that whoever kills it at the deadline can name the culprit. It trusts reward code with nothing but its own
+process: memory is limited here, time and the process group by `pool.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import sys
+from typing import Any, BinaryIO
+
+import msgpack
+
+from actors.rewards.registry import Reward, resolve
+
+MEMORY_BYTES = 4 << 30
+
+
+def main() -> None:
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    rewards: list[Reward] = []
+    while (call := read(incoming)) is not None:
+        try:
+            if "functions" in call:
+                rewards = [resolve(use, weight, arguments) for use, weight, arguments in call["functions"]]
+                write(outgoing, {"ready": [reward.name for reward in rewards]})
+            else:
+                write(outgoing, {"done": score(rewards, call["completions"], call["columns"], outgoing)})
+        except Exception as error:  # reward code is the user's: whatever it raises is an answer, not our end
+            write(outgoing, {"failed": f"{type(error).__name__}: {error}"[:2000]})
+
+
+def score(rewards: list[Reward], completions: list[str], columns: dict[str, Any], outgoing: BinaryIO) -> list[list[float | None]]:
+    """Values [functions][completions]."""
+    table = []
+    for reward in rewards:
+        write(outgoing, {"calling": reward.name})
+        table.append(reward.score(completions, columns))
+    return table
+
+
+def read(file: BinaryIO) -> dict[str, Any] | None:
+    head = file.read(4)
+    if len(head) < 4:
+        return None
+    return dict(msgpack.unpackb(file.read(struct.unpack("<I", head)[0])))
+
+
+def write(file: BinaryIO, fields: dict[str, Any]) -> None:
+    body = msgpack.packb(fields)
+    file.write(struct.pack("<I", len(body)) + body)
+    file.flush()
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

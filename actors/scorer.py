@@ -1,0 +1,50 @@
+"""From a completion's tokens to its reward: decode, call the functions in the pool, add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from actors.rewards.pool import RewardFailed, RewardPool
+from protocol.config import RewardsConfig
+from protocol.types import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the functions said of one completion, or why they did not."""
+
+    reward: float = 0.0
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, before its weight
+    error: str = ""
+
+
+class Scorer:
+    """Scores for one generator."""
+
+    def __init__(self, settings: RewardsConfig, model: Path) -> None:
+        self._pool = RewardPool(settings)
+        self._weights = [function.weight for function in settings.functions]
+        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+
+    async def start(self) -> None:
+        await self._pool.start()
+
+    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+        """The weighted sum over the functions that have an opinion; an error when one fails, or none has an opinion."""
+        text = self._tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        try:
+            table = await self._pool.score([text], prompt.columns)
+        except RewardFailed as error:
+            return Score(error=str(error))
+        values = [row[0] for row in table]
+        if all(value is None for value in values):
+            return Score(error="no reward function has an opinion")
+        total = sum(weight * value for weight, value in zip(self._weights, values, strict=True) if value is not None)
+        return Score(total, dict(zip(self._pool.names, values, strict=True)))
+
+    async def close(self) -> None:
+        await self._pool.close()

@@ -1,0 +1,136 @@
+"""The run's prompts: an endless, resumable stream over the training rows, and the held-out rows in their order.
+
+Runs in the broker. Position n of the stream is a pure function of (seed, n): pass n // rows over the data, in that pass's own
+permutation. So the cursor is one number, which the ledger keeps, and there is no barrier between passes. Prompts are
+tokenised here once and for all, when they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from broker.dataset import Columns, Row, columns_for_rewards, load_rows, recognise
+from broker.tokenizer import ChatTokenizer
+from protocol.config import Config
+from protocol.errors import ConfigError
+from protocol.types import Prompt, Tokens
+
+log = logging.getLogger("tether.prompts")
+
+LOOKED_AT = 64  # first rows that are tokenised at the start, so that a dataset that cannot work is refused at once
+CACHED_PROMPTS = 4096
+
+
+class TooLong(NamedTuple):
+    """A prompt that does not fit; the ledger counts it as filtered."""
+
+    number: int
+    num_tokens: int
+
+
+class PromptSource:
+    """Tokenised prompts by number. Raises ConfigError at once for data that cannot work."""
+
+    def __init__(self, config: Config, tokenizer: ChatTokenizer) -> None:
+        self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
+        rows = load_rows(config.data.train, evaluation=False)
+        self._rows = rows[: config.data.max_rows] if config.data.max_rows else rows
+        self._columns = recognise(self._rows[0], config.data)
+        self._system = _text_or_file(config.data.system)
+        self._cached = lru_cache(CACHED_PROMPTS)(self._make)
+        self._check_first_rows()
+        held_out = load_rows(config.data.eval or config.data.train, evaluation=not config.data.eval or Path(config.data.eval).is_dir())
+        self.evaluation = self._held_out(held_out, config) if config.evaluation.every else []
+        log.info(
+            "%d rows from %s: prompt <- %s, answer <- %s; %d held-out prompts", len(self._rows), config.data.train,
+            self._columns.prompt, self._columns.answer or "none", len(self.evaluation),
+        )  # fmt: skip
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def prompt(self, number: int) -> Prompt | TooLong:
+        """Position `number` of the stream."""
+        return self._cached(number)
+
+    def decode(self, tokens: Tokens) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
+        """(prompt, answer) tokens of every training row that has a plain text answer and fits, for the warm start."""
+        for row in self._rows:
+            answer = row.get(self._columns.answer)
+            tokens = self._tokenize(row, self._columns)
+            if isinstance(answer, str) and len(tokens) <= self._settings.max_prompt_tokens:
+                yield tokens, self._tokenizer.encode_answer(answer)
+
+    def _make(self, number: int) -> Prompt | TooLong:
+        row_number = self._row_at(number)
+        row = self._rows[row_number]
+        tokens = self._tokenize(row, self._columns)
+        if len(tokens) > self._settings.max_prompt_tokens:
+            return TooLong(number, len(tokens))
+        return Prompt(number, row_number, tokens, columns_for_rewards(row, self._columns))
+
+    def _row_at(self, number: int) -> int:
+        turn, place = divmod(number, len(self._rows))
+        return int(_permutation(self._seed, turn, len(self._rows))[place]) if self._settings.shuffle else place
+
+    def _tokenize(self, row: Row, columns: Columns) -> Tokens:
+        prompt = row[columns.prompt]
+        if isinstance(prompt, str):
+            text = prompt + self._settings.suffix
+            if not self._tokenizer.has_chat_template:
+                return self._tokenizer.encode(f"{self._system}\n{text}" if self._system else text)
+            messages: list[Mapping[str, Any]] = [{"role": "user", "content": text}]
+        elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+            messages = list(prompt[:-1]) if prompt[-1].get("role") == "assistant" else list(prompt)
+        else:
+            raise ConfigError(
+                f"expected text or chat messages in column {columns.prompt}, got {type(prompt).__name__}; set data.prompt_column"
+            )
+        if self._system and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": self._system})
+        return self._tokenizer.encode_chat(messages)
+
+    def _held_out(self, rows: list[Row], config: Config) -> list[Prompt]:
+        """The first prompts that fit, numbered by their place here."""
+        found: list[Prompt] = []
+        columns = recognise(rows[0], config.data) if rows else self._columns
+        for number, row in enumerate(rows):
+            tokens = self._tokenize(row, columns)
+            if len(tokens) <= config.data.max_prompt_tokens:
+                found.append(Prompt(len(found), number, tokens, columns_for_rewards(row, columns)))
+            if len(found) == config.evaluation.max_prompts:
+                break
+        if not found:
+            raise ConfigError(
+                f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: {config.data.train} has no "
+                "test split; set data.eval, or evaluation.every=0"
+            )
+        return found
+
+    def _check_first_rows(self) -> None:
+        lengths = [len(self._tokenize(row, self._columns)) for row in self._rows[:LOOKED_AT]]
+        if min(lengths) > self._settings.max_prompt_tokens:
+            raise ConfigError(
+                f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, data.max_prompt_tokens is "
+                f"{self._settings.max_prompt_tokens}: nothing would be trained; raise data.max_prompt_tokens"
+            )
+
+
+@lru_cache(4)
+def _permutation(seed: int, turn: int, size: int) -> np.ndarray:
+    """Order of one pass over the rows."""
+    return np.random.Generator(np.random.PCG64([seed, turn])).permutation(size)
+
+
+def _text_or_file(value: str) -> str:
+    return Path(value).read_text(encoding="utf-8").strip() if value and len(value) < 1024 and Path(value).is_file() else value

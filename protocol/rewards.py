@@ -1,0 +1,36 @@
+"""The identity of reward code that a user brings: both ends of a connection compare it, the code itself never travels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from protocol.config import RewardsConfig
+from protocol.errors import ConfigError
+
+
+def is_file(use: str) -> bool:
+    """Whether a reward is FILE.py:NAME, and not a built-in."""
+    return use.partition(":")[0].endswith(".py")
+
+
+def reward_digest(uses: Sequence[str]) -> str:
+    """Of names and file contents, in order; "" when all are built in. Raises ConfigError if a file is missing."""
+    digest = hashlib.sha256()
+    brought = [use for use in uses if is_file(use)]
+    for use in brought:
+        file, _, name = use.partition(":")
+        try:
+            content = Path(file).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"expected reward code in {file}, {(error.strerror or 'unreadable').lower()}; set rewards.functions") from None
+        digest.update(name.encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()[:32] if brought else ""
+
+
+def with_files(rewards: RewardsConfig, uses: Sequence[str]) -> RewardsConfig:
+    """The run's rewards with their files where this host has them: `uses` names them in the run's order."""
+    here = iter([use for use in uses if is_file(use)])
+    functions = [function.model_copy(update={"use": next(here)}) if is_file(function.use) else function for function in rewards.functions]
+    return rewards.model_copy(update={"functions": tuple(functions)})
