@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors import vllm_settings
 from actors.engine import Engine, EngineOptions
 from protocol.config import Config
 
 
 def engine_environment(config: Config, device: str) -> dict[str, str]:
-    """What must be in the environment before the engine's library is imported."""
-    if config.generators.engine == "vllm":
-        from actors.vllm_engine import environment
-
-        return environment(device)
-    return {}
+    """Defaults for the environment, to be set before the engine's library is imported."""
+    return vllm_settings.environment(device) if config.generators.engine == "vllm" else {}
 
 
 def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
@@ -28,9 +25,9 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
     )  # fmt: skip
     match config.generators.engine:
         case "vllm":
-            from actors.vllm_engine import VllmEngine
+            from actors.vllm_engine import VLLMEngine
 
-            return VllmEngine(options)
+            return VLLMEngine(options)
         case "transformers":
             from actors.transformers_engine import TransformersEngine
 
@@ -38,4 +35,4 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
         case "fake":
             from actors.fake_engine import FakeEngine
 
-            return FakeEngine()
+            return FakeEngine(options)

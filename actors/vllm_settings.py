@@ -78,9 +78,12 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "stream_interval": STREAM_INTERVAL_TOKENS,
     }
     if options.device == "cpu":
-        # Without a size of its own the KV cache takes nearly all memory. Only whole blocks of a prefix are cached, and
-        # vLLM's default of 128 tokens is longer than most prompts.
-        defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": 128 << 20, "block_size": 32}
+        defaults |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 128 << 20,  # else the cache takes nearly all memory
+            "block_size": 32,  # only whole blocks of a prefix are cached, and vLLM's 128 is longer than most prompts
+            "enable_chunked_prefill": False,  # a seeded request whose prefill is split crashes the engine core on a CPU
+        }
     needed = {
         "model": str(options.model_path),
         "dtype": options.dtype,

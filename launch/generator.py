@@ -89,7 +89,8 @@ async def generate(args: argparse.Namespace) -> None:
     try:
         model = await fetch_model_files(session, staging / "model")
         device = args.device or config.run.device
-        os.environ.update(engine_environment(config, device))
+        for name, value in engine_environment(config, device).items():
+            os.environ.setdefault(name, value)
         scorer = Scorer(with_files(config.rewards, uses), model)
         await scorer.start()
         engine = build_engine(config, model, device, seed=incarnation & 0x7FFFFFFF)

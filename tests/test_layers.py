@@ -28,9 +28,8 @@ HOMES: Mapping[str, set[str]] = {
     "deepspeed": {"learner/deepspeed_engine.py"},
     "tensorboard": {"learner/metrics.py"},
     "datasets": {"broker/dataset.py"},
-    "peft": {"learner/model.py"},
-    "matplotlib": {"tools/demo_report.py"},
-    "rich": {"launch/console.py"},
+    "matplotlib": {"launch/summary.py"},
+    "rich": {"launch/console.py", "launch/frames.py"},
     "zmq": {
         "protocol/sockets.py",
         "protocol/channel.py",

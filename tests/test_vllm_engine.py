@@ -162,7 +162,7 @@ def test_nothing_is_served_before_the_first_weights(rig: Rig) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_tokens_before_an_update_are_of_the_old_weights_and_after_it_of_the_new(rig: Rig, temperature: float) -> None:
     old, old_version = rig.model, rig.version
-    questions = prompts(8, shared=32)
+    questions = prompts(20, length=120, shared=32)  # more to recompute than fits into one engine step
     completions = rig.run(update_in_flight(rig, questions, SamplingParams(200, temperature)))
     for question, completion in zip(questions, completions, strict=True):
         first, second = completion.spans
