@@ -1,4 +1,7 @@
-"""Which engine a run wants, built. Engines are imported here and nowhere else, so that none loads another's libraries."""
+"""Which engine a run wants, built.
+
+Engines are imported here and nowhere else, so that none loads another's libraries.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,15 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
     sampled = max(config.sampling.max_tokens, config.evaluation.max_tokens)
     dtype = config.model.dtype if config.model.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     options = EngineOptions(
-        model_path=model, max_model_len=config.data.max_prompt_tokens + sampled, dtype=dtype,
-        device="cpu" if device == "cpu" else "cuda", seed=seed, max_num_seqs=config.generators.max_running,
-        recompute_cache=config.generators.recompute_cache, extra=config.vllm,
-    )  # fmt: skip
+        model_path=model,
+        max_model_len=config.data.max_prompt_tokens + sampled,
+        dtype=dtype,
+        device="cpu" if device == "cpu" else "cuda",
+        seed=seed,
+        max_num_seqs=config.generators.max_running,
+        recompute_cache=config.generators.recompute_cache,
+        extra=config.vllm,
+    )
     match config.generators.engine:
         case "vllm":
             from actors.vllm_engine import VLLMEngine

@@ -1,31 +1,31 @@
 """The generator: leases in, scored trajectories out, weights swapped in flight.
 
-Four things go on at once in one asyncio loop: `_pull_leases` asks for work, one task per group answers it, `_follow_weights`
-applies the newest version between two tokens, `_beat` reports and learns what was revoked.
+Four things go on at once in one asyncio loop: `_pull_leases` asks for work, one task per group answers it,
+`_follow_weights` applies the newest version between two tokens, `_beat` reports and learns what was revoked.
 
-- Nothing is sampled before the first weights are applied, and a Pull says which are: the engine's own `held` is the only source.
+- Nothing is sampled before the first weights are applied; which are applied only the engine's own `held` says.
 - Evaluation is answered by exactly one version: `_follow_weights` waits while an evaluation runs.
-- A result is repeated until the broker gives it a final status (`Session.ask`); what the status is changes nothing here.
+- A result is repeated until the broker gives it a final status (`Session.ask`), whatever that is.
 - After a restart of the broker all leases are void: `_void` drops them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from actors.engine import Engine, RequestFailed
+from actors.engine import Engine, EngineStatistics, RequestFailed
 from actors.outcomes import error_result, release, result
 from actors.rollout import attempt_for, single_turn
 from actors.scorer import Scorer
 from actors.snapshot_source import SnapshotSource
 from protocol.config import Config
-from protocol.errors import ProtocolError
-from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Verdict, VersionHint, Wait
+from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Result, Verdict, VersionHint, Wait
 from protocol.session import Session
 from protocol.types import Completion, Lease, LeaseKind, Prompt
 from protocol.weights import SnapshotError
@@ -48,7 +48,9 @@ class Running:
 class Generator:
     """One engine and what it is working on. `run` ends when `leave` is called or something is beyond repair."""
 
-    def __init__(self, session: Session, engine: Engine, scorer: Scorer, source: SnapshotSource, config: Config) -> None:
+    def __init__(
+        self, session: Session, engine: Engine, scorer: Scorer, source: SnapshotSource, config: Config
+    ) -> None:
         self._session, self._engine, self._scorer, self._source, self._config = session, engine, scorer, source, config
         self._running: dict[tuple[int, int], Running] = {}  # by (prompt, attempt)
         self._newest = (0, "")  # (version, digest) as the broker says
@@ -63,7 +65,9 @@ class Generator:
     async def run(self) -> None:
         """Work until told to leave. Raises what ended it: EngineDead, PeerTimeout, ProtocolError."""
         async with asyncio.TaskGroup() as tasks:
-            work = [tasks.create_task(loop) for loop in (self._pull_leases(tasks), self._follow_weights(), self._beat())]
+            work = [
+                tasks.create_task(loop) for loop in (self._pull_leases(tasks), self._follow_weights(), self._beat())
+            ]
             await self._leaving.wait()
             for running in list(self._running.values()):
                 if running.task is not None:
@@ -75,12 +79,15 @@ class Generator:
         """Hand every lease back and end `run`."""
         self._leaving.set()
 
-    # --- Leases ---------------------------------------------------------------------------------------------------------
+    # --- Leases
+    # ---------------------------------------------------------------------------------------------------------
 
     async def _pull_leases(self, tasks: asyncio.TaskGroup) -> None:
         while not self._leaving.is_set():
             held = self._engine.held
-            room = self._config.generators.max_running - sum(running.lease.samples for running in self._running.values())
+            room = self._config.generators.max_running - sum(
+                running.lease.samples for running in self._running.values()
+            )
             if held is None or room < self._config.batch.group_size:
                 self._say("generating" if self._running else "waiting for weights")
                 await self._wait_for_change()
@@ -110,7 +117,9 @@ class Generator:
         lease = running.lease
         key = (lease.prompt.number, lease.attempt)
         try:
-            if lease.kind is LeaseKind.EVALUATE and (self._engine.held is None or self._engine.held.version != lease.version):
+            if lease.kind is LeaseKind.EVALUATE and (
+                self._engine.held is None or self._engine.held.version != lease.version
+            ):
                 await self._session.ask(release(lease, "the weights have moved on", failed=False))
                 return
             samples = [self._sample(running, sample) for sample in range(lease.samples)]
@@ -118,7 +127,9 @@ class Generator:
         except asyncio.CancelledError:
             log.info("lease %s dropped: revoked, or this generator leaves", key)
             if self._leaving.is_set():
-                await asyncio.shield(self._session.ask(release(lease, "the generator leaves", failed=False), timeout_s=2.0))
+                await asyncio.shield(
+                    self._session.ask(release(lease, "the generator leaves", failed=False), timeout_s=2.0)
+                )
             raise
         finally:
             self._running.pop(key, None)
@@ -136,19 +147,22 @@ class Generator:
         else:
             running.tokens += len(completion.tokens)
             message = await self._scored(lease, sample, epoch, completion, time.monotonic() - running.started_at)
-        verdict = await self._session.ask(message, bulk=True, timeout_s=self._config.watchdog.orphan_s, what="a result's status")
+        verdict = await self._session.ask(
+            message, bulk=True, timeout_s=self._config.watchdog.orphan_s, what="a result's status"
+        )
         assert isinstance(verdict, Verdict)
         self._statuses[verdict.status] = self._statuses.get(verdict.status, 0) + 1
         if verdict.status == "invalid":
             log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
 
-    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion, generate_s: float):  # type: ignore[no-untyped-def]
+    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion, seconds: float) -> Result:
         score = await self._scorer.score(lease.prompt, completion)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, completion, score.reward, score.rewards, generate_s)
+        return result(lease, sample, epoch, completion, score.reward, score.rewards, seconds)
 
-    # --- Weights ----------------------------------------------------------------------------------------------------------
+    # --- Weights
+    # ----------------------------------------------------------------------------------------------------------
 
     async def _follow_weights(self) -> None:
         """Apply the newest version whenever there is one, except while an evaluation needs the one we hold."""
@@ -189,7 +203,8 @@ class Generator:
             self._newest = (version, digest)
             self._changed.set()
 
-    # --- Reports -------------------------------------------------------------------------------------------------------
+    # --- Reports
+    # -------------------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
         assert self._session.welcome is not None
@@ -202,7 +217,7 @@ class Generator:
                     self._drop(key)
             await asyncio.sleep(self._session.welcome.heartbeat_s)
 
-    def _report(self, statistics) -> Beat:  # type: ignore[no-untyped-def]
+    def _report(self, statistics: EngineStatistics) -> Beat:
         progress = self._engine.progress()
         leases = []
         for (prompt, attempt), running in self._running.items():
@@ -212,11 +227,15 @@ class Generator:
         held = self._engine.held
         numbers = {
             "version": float(held.version) if held else -1.0,
-            "running": float(statistics.num_running), "waiting": float(statistics.num_waiting),
-            "kv_usage": statistics.kv_usage, "generated_tokens": float(statistics.generated_tokens),
-            "apply_s": self._apply_s, "pause_s": self._pause_s, "updates": float(self._updates),
+            "running": float(statistics.num_running),
+            "waiting": float(statistics.num_waiting),
+            "kv_usage": statistics.kv_usage,
+            "generated_tokens": float(statistics.generated_tokens),
+            "apply_s": self._apply_s,
+            "pause_s": self._pause_s,
+            "updates": float(self._updates),
             **{f"results_{status}": float(count) for status, count in self._statuses.items()},
-        }  # fmt: skip
+        }
         return Beat(
             state=self._state, detail=self._detail, for_s=time.monotonic() - self._since, leases=leases, numbers=numbers
         )
@@ -237,10 +256,9 @@ class Generator:
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
-        try:
-            await asyncio.wait_for(self._changed.wait(), ROOM_CHECK_S)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_CHECK_S):  # not wait_for: before Python 3.12 it can swallow a cancellation
+                await self._changed.wait()
 
 
 def _lease(item: LeaseItem, tokens: np.ndarray) -> Lease:  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
 
@@ -13,9 +14,12 @@ MAX_FILE_BYTES = 256 << 20
 
 
 async def fetch_model_files(session: Session, folder: Path) -> Path:
-    """Write what the Welcome names into `folder`. Raises ProtocolError unless every file has the digest it was announced with."""
+    """Write what the Welcome names into `folder`.
+
+    Raises ProtocolError unless every file has the digest it was announced with.
+    """
     assert session.welcome is not None
-    folder.mkdir(mode=0o700)
+    await asyncio.to_thread(folder.mkdir, mode=0o700)
     for name, size, digest in session.welcome.files:
         if Path(name).name != name or size > MAX_FILE_BYTES:
             raise ProtocolError("file", f"refusing a model file called {name!r} of {size} bytes")
@@ -28,5 +32,5 @@ async def fetch_model_files(session: Session, folder: Path) -> Path:
             content += answer.data.tobytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ProtocolError("file", f"model file {name} does not match its digest")
-        (folder / name).write_bytes(content)
+        await asyncio.to_thread((folder / name).write_bytes, content)
     return folder

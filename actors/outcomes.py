@@ -15,24 +15,45 @@ _NONE_OBSERVED = np.zeros(0, np.bool_)
 
 
 def result(
-    lease: Lease, sample: int, epoch: int, completion: Completion, reward: float, rewards: Mapping[str, float | None],
+    lease: Lease,
+    sample: int,
+    epoch: int,
+    completion: Completion,
+    reward: float,
+    rewards: Mapping[str, float | None],
     generate_s: float,
-) -> Result:  # fmt: skip
+) -> Result:
     observed = completion.observed
     return Result(
-        epoch=epoch, evaluation=lease.kind is LeaseKind.EVALUATE, prompt=lease.prompt.number, attempt=lease.attempt,
-        sample=sample, finish_reason=completion.finish_reason.value, spans=[tuple(span) for span in completion.spans],
-        reward=reward, rewards=dict(rewards), has_observed=observed is not None, tokens=completion.tokens,
-        behavior_logprobs=completion.behavior_logprobs, observed=_NONE_OBSERVED if observed is None else observed,
+        epoch=epoch,
+        evaluation=lease.kind is LeaseKind.EVALUATE,
+        prompt=lease.prompt.number,
+        attempt=lease.attempt,
+        sample=sample,
+        finish_reason=completion.finish_reason.value,
+        spans=[tuple(span) for span in completion.spans],
+        reward=reward,
+        rewards=dict(rewards),
+        has_observed=observed is not None,
+        tokens=completion.tokens,
+        behavior_logprobs=completion.behavior_logprobs,
+        observed=_NONE_OBSERVED if observed is None else observed,
         generate_s=generate_s,
-    )  # fmt: skip
+    )
 
 
 def error_result(lease: Lease, sample: int, epoch: int, error: str) -> Result:
     return Result(
-        epoch=epoch, evaluation=lease.kind is LeaseKind.EVALUATE, prompt=lease.prompt.number, attempt=lease.attempt,
-        sample=sample, error=error[:MAX_TEXT], tokens=_NO_TOKENS, behavior_logprobs=_NO_LOGPROBS, observed=_NONE_OBSERVED,
-    )  # fmt: skip
+        epoch=epoch,
+        evaluation=lease.kind is LeaseKind.EVALUATE,
+        prompt=lease.prompt.number,
+        attempt=lease.attempt,
+        sample=sample,
+        error=error[:MAX_TEXT],
+        tokens=_NO_TOKENS,
+        behavior_logprobs=_NO_LOGPROBS,
+        observed=_NONE_OBSERVED,
+    )
 
 
 def release(lease: Lease, reason: str, *, failed: bool) -> Release:

@@ -28,7 +28,10 @@ async def single_turn(engine: Engine, lease: Lease, attempt: Attempt) -> Complet
 
 
 def attempt_for(lease: Lease, sample: int, sampling: SamplingParams, run_seed: int) -> Attempt:
-    """What to ask the engine for. A repeated generation is the same generation: the lease's attempt is no part of the seed."""
+    """What to ask the engine for.
+
+    A repeated generation is the same generation: the lease's attempt is no part of the seed.
+    """
     request_id = f"{lease.kind}-{lease.prompt.number}-{lease.attempt}-{sample}"
     if lease.kind is LeaseKind.EVALUATE:
         return Attempt(request_id, sampling, None)

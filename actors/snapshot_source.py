@@ -1,7 +1,9 @@
-"""Where a generator gets a version's weights from: the learner's own file on this host, or chunks pulled from the broker.
+"""Where a generator gets a version's weights from: the learner's own file on this host, or chunks pulled from the
+broker.
 
-Either way the result is a local snapshot whose manifest has the digest that the broker announced. A pull goes on after a break
-where it stopped, verifies every chunk before it is kept, and ends with SnapshotError when the version has vanished meanwhile.
+Either way the result is a local snapshot whose manifest has the digest that the broker announced. A pull goes on
+after a break where it stopped, verifies every chunk before it is kept, and ends with SnapshotError when the version
+has vanished meanwhile.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class SnapshotSource:
         for index in queue:
             question = FetchChunk(digest=digest, index=index)
             try:
-                answer = await self._session.ask(question, bulk=True, timeout_s=self._wait_s, what=f"chunk {index} of the weights")
+                answer = await self._session.ask(
+                    question, bulk=True, timeout_s=self._wait_s, what=f"chunk {index} of the weights"
+                )
             except ProtocolError as error:
                 raise SnapshotError(f"chunk {index} of {digest[:12]} is not to be had: {error}") from None
             assert isinstance(answer, Bytes)

@@ -1,7 +1,7 @@
 """What a result must be before it may enter a batch. Pure; runs in the broker for every trajectory.
 
-A generator with a valid key may be broken or lie: nothing of a Result is believed that can be checked here. The reason of a
-refusal goes back to the sender and into the counters.
+A generator with a valid key may be broken or lie: nothing of a Result is believed that can be checked here. The
+reason of a refusal goes back to the sender and into the counters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def _bad_spans(result: Result, length: int, versions: range) -> str:
 
 def _bad_reward(result: Result) -> str:
     values = [result.reward, *(value for value in result.rewards.values() if value is not None)]
-    return "" if all(math.isfinite(value) and abs(value) < 1e6 for value in values) else "a reward that is not a finite number"
+    return (
+        ""
+        if all(math.isfinite(value) and abs(value) < 1e6 for value in values)
+        else "a reward that is not a finite number"
+    )
 
 
 def trajectory(result: Result) -> Trajectory:
@@ -65,9 +69,12 @@ def trajectory(result: Result) -> Trajectory:
     completion = None
     if not result.error:
         completion = Completion(
-            result.tokens, result.behavior_logprobs, tuple(VersionSpan(*span) for span in result.spans),
-            FinishReason(result.finish_reason), result.observed if result.has_observed else None,
-        )  # fmt: skip
+            result.tokens,
+            result.behavior_logprobs,
+            tuple(VersionSpan(*span) for span in result.spans),
+            FinishReason(result.finish_reason),
+            result.observed if result.has_observed else None,
+        )
     return Trajectory(
         result.prompt, result.attempt, result.sample, completion, result.reward, dict(result.rewards), result.error
     )

@@ -1,8 +1,8 @@
 """Rows of a dataset, from files or from the Hugging Face Hub, and which of their columns is what.
 
-Runs in the broker. The only file that imports `datasets`, and pyarrow for parquet. Four conventions are recognised by their column
-names: GSM8K's (question, answer), verl's (prompt, reward_model), TRL's (prompt and anything else) and ms-swift's (messages or
-query, solution); a setting overrides it. Rewards see every column of a row.
+Runs in the broker. The only file that imports `datasets`, and pyarrow for parquet. Four conventions are recognised by
+their column names: GSM8K's (question, answer), verl's (prompt, reward_model), TRL's (prompt and anything else) and
+ms-swift's (messages or query, solution); a setting overrides it. Rewards see every column of a row.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def load_rows(source: str, *, evaluation: bool) -> list[Row]:
     elif path.is_file():
         rows = _read_file(path)
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise ConfigError(f"expected a data file or folder at {source}, there is none; set data.{'eval' if evaluation else 'train'}")
+        raise ConfigError(
+            f"expected a data file or folder at {source}, there is none; set data.{'eval' if evaluation else 'train'}"
+        )
     else:
         rows = _from_hub(source, evaluation)
     if not rows and not evaluation:
@@ -52,12 +54,17 @@ def load_rows(source: str, *, evaluation: bool) -> list[Row]:
 
 
 def recognise(row: Row, settings: DataConfig) -> Columns:
-    """Which columns of rows like this one are prompt and answer. Raises ConfigError naming the columns that are there."""
+    """Which columns of rows like this one are prompt and answer.
+
+    Raises ConfigError naming the columns that are there.
+    """
     prompt = settings.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), "")
     answer = settings.answer_column or next((name for name in ANSWER_COLUMNS if name in row), "")
     if prompt not in row:
         wanted = prompt or f"one of {', '.join(PROMPT_COLUMNS)}"
-        raise ConfigError(f"expected a prompt column ({wanted}), the rows have {', '.join(row)}; set data.prompt_column")
+        raise ConfigError(
+            f"expected a prompt column ({wanted}), the rows have {', '.join(row)}; set data.prompt_column"
+        )
     if settings.answer_column and answer not in row:
         raise ConfigError(f"expected an answer column {answer}, the rows have {', '.join(row)}; set data.answer_column")
     return Columns(prompt, answer)

@@ -1,7 +1,7 @@
 """What the broker does for generators: leases out, results in, weights and files on request.
 
-Every result gets exactly one final status. Which lease goes to whom, and what becomes of a result, is the scheduler's decision; this
-desk checks what a peer claims before the scheduler sees it.
+Every result gets exactly one final status. Which lease goes to whom, and what becomes of a result, is the scheduler's
+decision; this desk checks what a peer claims before the scheduler sees it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class GeneratorDesk:
     def manifest(self, peer: Peer, message: FetchManifest) -> ManifestAnswer:
         shelved = self._run.shelf.version(message.version)
         if shelved is None:
-            raise ProtocolError("version", f"version {message.version} is not on the shelf any more; ask for the newest")
+            raise ProtocolError(
+                "version", f"version {message.version} is not on the shelf any more; ask for the newest"
+            )
         path = shelved.path if peer.host and peer.host == shelved.host else ""
         return ManifestAnswer(version=shelved.version, digest=shelved.digest, manifest=shelved.manifest, path=path)
 
@@ -129,12 +131,16 @@ class GeneratorDesk:
         config = run.config
         sampling = config.evaluation_params() if message.evaluation else config.sampling.params()
         reason = invalid_reason(
-            message, max_tokens=sampling.max_tokens, vocab_size=run.vocab_size,
+            message,
+            max_tokens=sampling.max_tokens,
+            vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
-        )  # fmt: skip
+        )
         answer = trajectory(message)
         if reason:
-            log.warning("result %d of prompt %d by %s is invalid: %s", message.sample, message.prompt, peer.name, reason)
+            log.warning(
+                "result %d of prompt %d by %s is invalid: %s", message.sample, message.prompt, peer.name, reason
+            )
             answer = Trajectory(message.prompt, message.attempt, message.sample, None, error=f"invalid: {reason}")
         status = scheduler.finished(answer, now)
         return Verdict(status=Status.INVALID.value if reason else status.value, reason=reason)
@@ -148,10 +154,17 @@ class GeneratorDesk:
             run.scheduler_now().filtered(grant.attempt, "prompt_too_long")
             return None
         item = LeaseItem(
-            kind=grant.kind.value, number=grant.prompt, row=prompt.row, attempt=grant.attempt, samples=grant.samples,
-            version=grant.version, failures=grant.failures, ttl_s=run.config.watchdog.lease_ttl_s,
-            num_tokens=len(prompt.tokens), columns=dict(prompt.columns),
-        )  # fmt: skip
+            kind=grant.kind.value,
+            number=grant.prompt,
+            row=prompt.row,
+            attempt=grant.attempt,
+            samples=grant.samples,
+            version=grant.version,
+            failures=grant.failures,
+            ttl_s=run.config.watchdog.lease_ttl_s,
+            num_tokens=len(prompt.tokens),
+            columns=dict(prompt.columns),
+        )
         return item, prompt
 
     def _holds(self, peer: Peer, attempt: int, number: int) -> bool:

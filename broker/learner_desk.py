@@ -1,7 +1,7 @@
 """What the broker does for the learner: cut batches into shares, take versions, collect evaluations.
 
-The same question gets the same answer until `Advance`: the pages of a cut batch are kept by (step, rank). The ledger travels with
-page 0 of rank 0, as of the cut, so what a checkpoint holds is exactly what was trained.
+The same question gets the same answer until `Advance`: the pages of a cut batch are kept by (step, rank). The ledger
+travels with page 0 of rank 0, as of the cut, so what a checkpoint holds is exactly what was trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class LearnerDesk:
     def take(self, question: Take, now: float) -> SharePage | Finished | Later:
         run, scheduler = self._run, self._run.scheduler_now()
         if question.num_ranks != run.num_ranks or question.rank >= run.num_ranks:
-            raise ProtocolError("ranks", f"rank {question.rank} of {question.num_ranks} asks, the learner has {run.num_ranks} ranks")
+            raise ProtocolError(
+                "ranks", f"rank {question.rank} of {question.num_ranks} asks, the learner has {run.num_ranks} ranks"
+            )
         pages = run.pages.get((question.step, question.rank))
         if pages is None:
             if run.verdict or scheduler.verdict:
@@ -47,7 +49,9 @@ class LearnerDesk:
             self._cut(now)
             pages = run.pages[question.step, question.rank]
         if question.page >= len(pages):
-            raise ProtocolError("page", f"the share of step {question.step} has {len(pages)} pages, page {question.page} was asked for")
+            raise ProtocolError(
+                "page", f"the share of step {question.step} has {len(pages)} pages, page {question.page} was asked for"
+            )
         return pages[question.page]
 
     def publish(self, message: Publish, now: float) -> Done:

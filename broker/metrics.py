@@ -46,11 +46,15 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     solved = sum((next(iter(trajectory.rewards.values()), None) or 0.0) >= FULL_MARK for trajectory in answered)
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     summary = Evaluation(
-        version=result.version, num_prompts=len(result.trajectories), accuracy=solved / max(len(result.trajectories), 1),
+        version=result.version,
+        num_prompts=len(result.trajectories),
+        accuracy=solved / max(len(result.trajectories), 1),
         rewards={name.removeprefix("reward/"): value for name, value in _reward_means(answered).items()},
-        length_mean=float(np.mean(lengths)) if lengths else 0.0, errors=len(result.trajectories) - len(answered),
-        duration_s=now - run.evaluation_started_at, samples=[_as_text(run, trajectory) for trajectory in answered[:NUM_SAMPLES]],
-    )  # fmt: skip
+        length_mean=float(np.mean(lengths)) if lengths else 0.0,
+        errors=len(result.trajectories) - len(answered),
+        duration_s=now - run.evaluation_started_at,
+        samples=[_as_text(run, trajectory) for trajectory in answered[:NUM_SAMPLES]],
+    )
     return summary.model_dump()
 
 

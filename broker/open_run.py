@@ -1,4 +1,7 @@
-"""Opens a run for the broker: its settings become prompts, model files and an empty state that waits for the learner."""
+"""Opens a run for the broker:
+
+its settings become prompts, model files and an empty state that waits for the learner.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,15 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
         write_examples(run_dir / WARMUP_FILE, source.supervised())
     return RunState(
-        config=config, run_id=Addresses.run_id(run_dir), run_dir=run_dir, host=host, source=source, files=_files(folder),
+        config=config,
+        run_id=Addresses.run_id(run_dir),
+        run_dir=run_dir,
+        host=host,
+        source=source,
+        files=_files(folder),
         vocab_size=_vocab_size(folder),
         reward_digest=reward_digest([function.use for function in config.rewards.functions]),
-    )  # fmt: skip
+    )
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, int, str]]:
@@ -43,5 +51,7 @@ def _vocab_size(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text())
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
-        raise ConfigError(f"expected vocab_size in {folder / 'config.json'}, found none; is it a causal language model?")
+        raise ConfigError(
+            f"expected vocab_size in {folder / 'config.json'}, found none; is it a causal language model?"
+        )
     return size

@@ -1,11 +1,12 @@
 """Who is connected: one record per session, from Hello to farewell or silence.
 
-Pure bookkeeping of the broker process. A session is bound to the CURVE key it was opened with, checked on every message: knowing
-another's session number gives nothing.
+Pure bookkeeping of the broker process. A session is bound to the CURVE key it was opened with, checked on every
+message: knowing another's session number gives nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,15 @@ class Peer:
 
     def describe(self, now: float) -> dict[str, Any]:
         return {
-            "name": self.name, "role": self.role.value, "state": self.state, "detail": self.detail,
-            "for_s": round(now - self.state_since, 1), "seen_s": round(now - self.seen_at, 1),
-            "version": self.held[0], "numbers": self.numbers,
-        }  # fmt: skip
+            "name": self.name,
+            "role": self.role.value,
+            "state": self.state,
+            "detail": self.detail,
+            "for_s": round(now - self.state_since, 1),
+            "seen_s": round(now - self.seen_at, 1),
+            "version": self.held[0],
+            "numbers": self.numbers,
+        }
 
 
 class Peers:
@@ -57,7 +63,7 @@ class Peers:
     def __init__(self) -> None:
         self._by_session: dict[int, Peer] = {}
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._by_session.values()))
 
     def get(self, session: int) -> Peer | None:

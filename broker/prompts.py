@@ -1,8 +1,8 @@
 """The run's prompts: an endless, resumable stream over the training rows, and the held-out rows in their order.
 
-Runs in the broker. Position n of the stream is a pure function of (seed, n): pass n // rows over the data, in that pass's own
-permutation. So the cursor is one number, which the ledger keeps, and there is no barrier between passes. Prompts are
-tokenised here once and for all, when they are asked for.
+Runs in the broker. Position n of the stream is a pure function of (seed, n): pass n // rows over the data, in that
+pass's own permutation. So the cursor is one number, which the ledger keeps, and there is no barrier between passes.
+Prompts are tokenised here once and for all, when they are asked for.
 """
 
 from __future__ import annotations
@@ -45,12 +45,18 @@ class PromptSource:
         self._system = _text_or_file(config.data.system)
         self._cached = lru_cache(CACHED_PROMPTS)(self._make)
         self._check_first_rows()
-        held_out = load_rows(config.data.eval or config.data.train, evaluation=not config.data.eval or Path(config.data.eval).is_dir())
+        held_out = load_rows(
+            config.data.eval or config.data.train, evaluation=not config.data.eval or Path(config.data.eval).is_dir()
+        )
         self.evaluation = self._held_out(held_out, config) if config.evaluation.every else []
         log.info(
-            "%d rows from %s: prompt <- %s, answer <- %s; %d held-out prompts", len(self._rows), config.data.train,
-            self._columns.prompt, self._columns.answer or "none", len(self.evaluation),
-        )  # fmt: skip
+            "%d rows from %s: prompt <- %s, answer <- %s; %d held-out prompts",
+            len(self._rows),
+            config.data.train,
+            self._columns.prompt,
+            self._columns.answer or "none",
+            len(self.evaluation),
+        )
 
     @property
     def num_rows(self) -> int:
@@ -94,7 +100,8 @@ class PromptSource:
             messages = list(prompt[:-1]) if prompt[-1].get("role") == "assistant" else list(prompt)
         else:
             raise ConfigError(
-                f"expected text or chat messages in column {columns.prompt}, got {type(prompt).__name__}; set data.prompt_column"
+                f"expected text or chat messages in column {columns.prompt}, got {type(prompt).__name__}; "
+                "set data.prompt_column"
             )
         if self._system and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self._system})
@@ -112,8 +119,8 @@ class PromptSource:
                 break
         if not found:
             raise ConfigError(
-                f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: {config.data.train} has no "
-                "test split; set data.eval, or evaluation.every=0"
+                f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "
+                f"{config.data.train} has no test split; set data.eval, or evaluation.every=0"
             )
         return found
 
@@ -121,8 +128,8 @@ class PromptSource:
         lengths = [len(self._tokenize(row, self._columns)) for row in self._rows[:LOOKED_AT]]
         if min(lengths) > self._settings.max_prompt_tokens:
             raise ConfigError(
-                f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, data.max_prompt_tokens is "
-                f"{self._settings.max_prompt_tokens}: nothing would be trained; raise data.max_prompt_tokens"
+                f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, "
+                f"data.max_prompt_tokens is {self._settings.max_prompt_tokens}: nothing would be trained; raise data.max_prompt_tokens"
             )
 
 
@@ -133,4 +140,8 @@ def _permutation(seed: int, turn: int, size: int) -> np.ndarray:
 
 
 def _text_or_file(value: str) -> str:
-    return Path(value).read_text(encoding="utf-8").strip() if value and len(value) < 1024 and Path(value).is_file() else value
+    return (
+        Path(value).read_text(encoding="utf-8").strip()
+        if value and len(value) < 1024 and Path(value).is_file()
+        else value
+    )

@@ -1,7 +1,7 @@
 """What the broker knows of a run: shared by the desks that answer learner and generators.
 
-It holds no truth: everything here is rebuilt by `restore` from what the learner says in its hello. One epoch lasts from one
-restore to the next; whatever was handed out in an earlier one is void.
+It holds no truth: everything here is rebuilt by `restore` from what the learner says in its hello. One epoch lasts
+from one restore to the next; whatever was handed out in an earlier one is void.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class RunState:
     shelf: Shelf = field(default_factory=Shelf)
     scheduler: Scheduler | None = None  # None: no learner has said hello yet
     learner_incarnation: int = 0
-    pages: dict[tuple[int, int], list[SharePage]] = field(default_factory=dict)  # by (step, rank), until the step's advance
+    pages: dict[tuple[int, int], list[SharePage]] = field(
+        default_factory=dict
+    )  # by (step, rank), until the step's advance
     num_ranks: int = 1
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # finished in this epoch, oldest first
     evaluation_wanted: bool = False
@@ -63,12 +65,17 @@ class RunState:
         return self.config.steps_for(self.source.num_rows)
 
     def restore(self, ledger: bytes, version: int, training_step: int, incarnation: int, now: float) -> None:
-        """Start an epoch from what the learner holds: the one recovery path, for a dead broker and a dead learner alike."""
+        """Start an epoch from what the learner holds:
+
+        the one recovery path, for a dead broker and a dead learner alike.
+        """
         try:
             books = Ledger.restore(msgpack.unpackb(ledger)) if ledger else Ledger()
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError("ledger", f"the learner's ledger cannot be read: {error}") from None
-        self.scheduler = Scheduler(self._schedule_settings(), books, version, training_step if training_step >= 0 else None)
+        self.scheduler = Scheduler(
+            self._schedule_settings(), books, version, training_step if training_step >= 0 else None
+        )
         self.epoch = secrets.randbits(63) | 1
         self.learner_incarnation = incarnation
         self.pages.clear()
@@ -77,7 +84,13 @@ class RunState:
         self.evaluation_wanted = False
         self.progress_at = now
         self.changed = True
-        log.info("epoch %016x: version %d, %d prompts settled of %d offered", self.epoch, version, books.num_settled, books.offered)
+        log.info(
+            "epoch %016x: version %d, %d prompts settled of %d offered",
+            self.epoch,
+            version,
+            books.num_settled,
+            books.offered,
+        )
 
     def _schedule_settings(self) -> ScheduleSettings:
         config = self.config

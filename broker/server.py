@@ -1,9 +1,9 @@
 """The broker's poll loop: bytes in, bytes out. It decides nothing; `service.py` and what stands behind it do.
 
-Two ROUTER sockets, so that a heartbeat never waits behind trajectories. Every message is decoded, its sender's key checked against
-the role that may send it, and handed to the service; whatever is wrong with it is counted and refused in words, and nothing
-a peer sends can raise past `_serve`. A question that cannot be answered yet is parked here and tried again when something
-changed; after PARK_S it is answered with the reason.
+Two ROUTER sockets, so that a heartbeat never waits behind trajectories. Every message is decoded, its sender's key
+checked against the role that may send it, and handed to the service; whatever is wrong with it is counted and refused
+in words, and nothing a peer sends can raise past `_serve`. A question that cannot be answered yet is parked here and
+tried again when something changed; after PARK_S it is answered with the reason.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ BURST = 64  # messages of one socket before the other gets its turn
 class Handler(Protocol):
     """What the server needs of a service."""
 
-    epoch: int
     changed: bool
     refused: Counter[str]
 
-    def handle(self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float) -> Message | Later: ...
+    @property
+    def epoch(self) -> int: ...
+
+    def handle(
+        self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float
+    ) -> Message | Later: ...
     def tick(self, now: float) -> None: ...
     def take_hints(self) -> list[tuple[bytes, VersionHint]]: ...
 
@@ -58,7 +62,9 @@ class Server:
 
     def __init__(self, control: zmq.Socket[Any], bulk: zmq.Socket[Any], allow: AllowList, service: Handler) -> None:
         self._control, self._bulk, self._allow, self._service = control, bulk, allow, service
-        self._parked: dict[tuple[str, int], Question] = {}  # by (message type, session): a repeated question replaces the first
+        self._parked: dict[
+            tuple[str, int], Question
+        ] = {}  # by (message type, session): a repeated question replaces the first
         self._stopping = False
         self.refused: Counter[str] = Counter()
         service.refused = self.refused
@@ -105,7 +111,9 @@ class Server:
             self._refuse(socket, route, sequence, error)
         except Exception as error:  # one message's failure is its sender's; a bug of ours must not take the run down
             log.exception("a message of %s could not be handled", route.hex())
-            self._refuse(socket, route, sequence, ProtocolError("internal", f"{type(error).__name__} in the broker; see its log"))
+            self._refuse(
+                socket, route, sequence, ProtocolError("internal", f"{type(error).__name__} in the broker; see its log")
+            )
 
     def _answer(self, question: Question) -> None:
         message, header = question.frames.message, question.frames.header

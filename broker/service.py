@@ -1,8 +1,8 @@
 """What each message does: sessions and roles here, the work itself at the desks.
 
-No socket, no thread: `handle` takes a decoded message and the time, and returns the answer, or Later when there is none yet.
-A session belongs to the key it was opened with and to the epoch it was opened in; anything else is told to say hello again, which is
-the one way everybody learns of a restart.
+No socket, no thread: `handle` takes a decoded message and the time, and returns the answer, or Later when there is
+none yet. A session belongs to the key it was opened with and to the epoch it was opened in; anything else is told to
+say hello again, which is the one way everybody learns of a restart.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Service:
         self._learner.start_evaluation(now)
         self._watchdog.look(now)
 
-    def handle(self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float) -> Message | Later:
+    def handle(
+        self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float
+    ) -> Message | Later:
         """The answer to one message. Raises ProtocolError to refuse it."""
         if isinstance(message, Hello):
             return self._hello(message, key, role, route, now)
@@ -176,13 +178,15 @@ class Service:
             raise ProtocolError("role", f"the key is a {role}'s, the process says it is a {hello.role[:20]}")
         if hello.settings_digest and hello.settings_digest != run.config.result_digest():
             raise ProtocolError(
-                "settings", f"{hello.name} has other settings than the run (digest {hello.settings_digest[:8]}, expected "
-                f"{run.config.result_digest()[:8]}); start it with the run's config.yaml"
-            )  # fmt: skip
+                "settings",
+                f"{hello.name} has other settings than the run (digest {hello.settings_digest[:8]}, expected "
+                f"{run.config.result_digest()[:8]}); start it with the run's config.yaml",
+            )
         if role is Role.GENERATOR and hello.reward_digest != run.reward_digest:
             raise ProtocolError(
-                "rewards", f"{hello.name} would score with other reward code than the run; give it the same files with --reward"
-            )  # fmt: skip
+                "rewards",
+                f"{hello.name} would score with other reward code than the run; give it the same files with --reward",
+            )
         for old in run.peers.named(role, hello.name):
             self._lose(old, crashed=old.incarnation != hello.incarnation)
         if role is Role.LEARNER and hello.rank == 0:
@@ -191,11 +195,17 @@ class Service:
         peer.route = route
         run.changed = True
         log.info("%s is here (session %s)", hello.name, peer.id)
-        files = [(name, size, digest) for name, (_, size, digest) in run.files.items()] if role is Role.GENERATOR else []
+        files = (
+            [(name, size, digest) for name, (_, size, digest) in run.files.items()] if role is Role.GENERATOR else []
+        )
         return Welcome(
-            session=peer.session, run_id=run.run_id, settings=run.config.model_dump(mode="json"), files=files,
-            heartbeat_s=run.config.watchdog.heartbeat_s, num_steps=run.num_steps,
-        )  # fmt: skip
+            session=peer.session,
+            run_id=run.run_id,
+            settings=run.config.model_dump(mode="json"),
+            files=files,
+            heartbeat_s=run.config.watchdog.heartbeat_s,
+            num_steps=run.num_steps,
+        )
 
     def _meet_learner(self, hello: Hello, now: float) -> None:
         """A learner we do not know brings the truth with it; one that only reconnects finds everything as it was."""
@@ -210,14 +220,19 @@ class Service:
         revoked = []
         if peer.role is Role.GENERATOR and run.scheduler is not None:
             revoked = [
-                (prompt, attempt) for prompt, attempt, tokens in beat.leases if not run.scheduler.renew(attempt, tokens, now)
+                (prompt, attempt)
+                for prompt, attempt, tokens in beat.leases
+                if not run.scheduler.renew(attempt, tokens, now)
             ]
         newest = run.announced
         first = peer.role is Role.LEARNER and peer.rank == 0
         return BeatAnswer(
-            version=newest.version if newest else 0, digest=newest.digest if newest else "", revoked=revoked,
-            draining=bool(run.draining), evaluations=run.evaluations[beat.evaluations_seen :] if first else [],
-        )  # fmt: skip
+            version=newest.version if newest else 0,
+            digest=newest.digest if newest else "",
+            revoked=revoked,
+            draining=bool(run.draining),
+            evaluations=run.evaluations[beat.evaluations_seen :] if first else [],
+        )
 
     def _lose(self, peer: Peer, crashed: bool) -> None:
         self._run.peers.forget(peer)

@@ -1,7 +1,8 @@
 """The snapshots that generators may ask for: what the learner published, by version and by digest.
 
-Owned by the broker process. Files are the learner's; a snapshot that is being pulled stays mapped, so it can be finished even
-after the learner has removed its folder. The broker's own memory does not grow with the weights: chunks are views of the map.
+Owned by the broker process. Files are the learner's; a snapshot that is being pulled stays mapped, so it can be
+finished even after the learner has removed its folder. The broker's own memory does not grow with the weights: chunks
+are views of the map.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Shelf:
         if manifest.digest != publish.digest:
             raise ValueError(f"the manifest's digest is {manifest.digest[:12]}, the message says {publish.digest[:12]}")
         self._versions.pop(publish.version, None)
-        self._versions[publish.version] = Shelved(publish.version, publish.digest, publish.manifest, publish.path, publish.host)
+        self._versions[publish.version] = Shelved(
+            publish.version, publish.digest, publish.manifest, publish.path, publish.host
+        )
         while len(self._versions) > KEPT:
             _, old = self._versions.popitem(last=False)
             self._mapped.pop(old.digest, None)

@@ -1,7 +1,8 @@
 """Text to token ids and back, with the model's own chat template; without torch.
 
-Runs in the broker. `transformers` would import torch for this, so the two files it reads are read here: tokenizer.json by the
-`tokenizers` library, the chat template by jinja2 in its sandbox, with the same names in scope (a test compares the results).
+Runs in the broker. `transformers` would import torch for this, so the two files it reads are read here:
+tokenizer.json by the `tokenizers` library, the chat template by jinja2 in its sandbox, with the same names in scope
+(a test compares the results).
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ from protocol.errors import ConfigError
 from protocol.types import Tokens
 
 TOKENIZER_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 """What a generator needs of a model folder beside the weights; not every model has all of them."""
 
 
@@ -35,8 +43,8 @@ class ChatTokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(
-                f"expected a fast tokenizer (tokenizer.json) in the model folder {folder}, found none; save one there with "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER), or set model.path"
+                f"expected a fast tokenizer (tokenizer.json) in the model folder {folder}, found none; "
+                "save one there with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER), or set model.path"
             )
         self.folder = folder
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -79,11 +87,13 @@ class ChatTokenizer:
         """The conversation as text, as the template writes it."""
         if self._template is None:
             raise ConfigError(
-                f"the rows are chat messages, but the model folder {self.folder} has no chat template; use an instruct model, or "
-                "put a chat_template.jinja into the folder"
+                f"the rows are chat messages, but the model folder {self.folder} has no chat template; "
+                "use an instruct model, or put a chat_template.jinja into the folder"
             )
         specials = {
-            name: _token_text(value) for name, value in self._settings.items() if name.endswith("_token") and _token_text(value)
+            name: _token_text(value)
+            for name, value in self._settings.items()
+            if name.endswith("_token") and _token_text(value)
         }
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **specials)
@@ -105,7 +115,10 @@ class ChatTokenizer:
 
 
 def model_folder(path: str) -> Path:
-    """The folder itself, or where the Hub's files of that name lie after being fetched. Raises ConfigError if there is neither."""
+    """The folder itself, or where the Hub's files of that name lie after being fetched.
+
+    Raises ConfigError if there is neither.
+    """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

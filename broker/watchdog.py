@@ -1,7 +1,7 @@
 """Nothing waits in silence: what the broker does when a run makes no progress.
 
-Progress is an accepted result, a cut batch or an announced version. Without any for `watchdog.warn_s` the table of who waits for whom is
-written to the log; after `watchdog.stop_s` the run gets a verdict, which ends it.
+Progress is an accepted result, a cut batch or an announced version. Without any for `watchdog.warn_s` the table of
+who waits for whom is written to the log; after `watchdog.stop_s` the run gets a verdict, which ends it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ class Watchdog:
         if idle_s > limits.warn_s and now - self._warned_at > limits.warn_s:
             self._warned_at = now
             table = [peer.describe(now) for peer in run.peers]
-            log.warning("no progress for %.0f s: %s", idle_s, json.dumps({"peers": table, "leases": run.scheduler.describe(now)}))
+            log.warning(
+                "no progress for %.0f s: %s",
+                idle_s,
+                json.dumps({"peers": table, "leases": run.scheduler.describe(now)}),
+            )
         if idle_s > limits.stop_s:
             waiting = "; ".join(f"{peer.name}: {peer.state} {peer.detail}".strip() for peer in run.peers)
             run.verdict = f"no progress for {idle_s:.0f} s (watchdog.stop_s); {waiting or 'nobody is connected'}"

@@ -15,15 +15,13 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import zmq
-
 from launch.log_lines import log_to_stderr
 from launch.parent import leave_with_parent
 from protocol import settings
 from protocol.addresses import Addresses, host_identity
 from protocol.errors import Exit, TetherError
 from protocol.keys import allowed_keys, read_server_key
-from protocol.sockets import AllowList, bind_router, self_test, start_authenticator
+from protocol.sockets import AllowList, bind_router, broker_context, self_test, start_authenticator
 
 log = logging.getLogger("tether.broker")
 
@@ -36,8 +34,7 @@ def serve(run_dir: Path) -> None:
 
     config = settings.load(run_dir / "config.yaml")
     addresses = Addresses.read(run_dir)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    context.setsockopt(zmq.MAX_SOCKETS, 8192)
+    context = broker_context()
     allow = AllowList(allowed_keys(run_dir))
     authenticator = start_authenticator(context, allow)
     try:

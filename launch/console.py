@@ -28,6 +28,8 @@ QUIET_S = 30.0
 """A pipe gets a line at least this often."""
 RECENT_ANSWERS = 120
 """Answers of the broker over which waiting is averaged."""
+FEW_ANSWERS = 5
+"""Fewer say nothing about who waits for whom."""
 
 
 class Console:
@@ -107,11 +109,19 @@ class Console:
         self._printed_evaluations = len(history.evaluations)
 
     def _picture(self, processes: Sequence[Seen]) -> Picture:
-        waiting = {name: sum(seen) / len(seen) for name, seen in self._waits.items()}
         return Picture(
-            self._run_dir.name, self._config, processes, self._history.steps, self._history.warmup,
-            self._history.evaluations, self._status, self._rates, waiting, str(self._run_dir),
-        )  # fmt: skip
+            name=self._run_dir.name,
+            config=self._config,
+            processes=processes,
+            steps=self._history.steps,
+            warmup=self._history.warmup,
+            evaluations=self._history.evaluations,
+            status=self._status,
+            rates=self._rates,
+            waiting={name: sum(seen) / len(seen) for name, seen in self._waits.items() if len(seen) >= FEW_ANSWERS},
+            met=frozenset(self._waits),
+            run_dir=str(self._run_dir),
+        )
 
 
 def open_screen() -> Screen:

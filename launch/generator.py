@@ -1,7 +1,7 @@
 """A generator: samples and scores completions for a run, here or on any host that reaches its broker.
 
-    python launch/generator.py --connect tcp://HOST:PORT --key generator.key     joins a running job, may leave at any time
-    python launch/generator.py --run-dir RUN --name generator-0                  as launch/cluster.py starts it
+    python launch/generator.py --connect tcp://HOST:PORT --key generator.key    joins a running job, may leave any time
+    python launch/generator.py --run-dir RUN --name generator-0                 as launch/cluster.py starts it
 
 Needs no weights on its disk: the model's config and tokenizer come from the broker, the weights from the learner.
 """
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +35,9 @@ from protocol.messages import Beat, Hello, Role
 from protocol.rewards import reward_digest, with_files
 from protocol.session import Session
 from protocol.shared_memory import private_folder
+
+if TYPE_CHECKING:
+    from actors.engine import Engine
 
 log = logging.getLogger("tether.generator")
 
@@ -111,7 +115,7 @@ async def generate(args: argparse.Namespace) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-async def _start_engine(engine, session: Session, config: Config) -> None:  # type: ignore[no-untyped-def]
+async def _start_engine(engine: Engine, session: Session, config: Config) -> None:
     """Building takes seconds to minutes: the broker hears meanwhile what takes so long."""
     build = asyncio.get_running_loop().create_task(engine.start())
     started = asyncio.get_running_loop().time()
@@ -135,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(Exit.DONE)
 
 
-def _first(group: BaseExceptionGroup) -> BaseException:  # type: ignore[type-arg]
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that ended the work; what was cancelled because of it says nothing."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):

@@ -1,4 +1,5 @@
-"""One learner rank, as torchrun, DeepSpeed's runner or launch/cluster.py start it: `launch/learner.py --run-dir RUN [--resume]`.
+"""One learner rank, as torchrun, DeepSpeed's runner or launch/cluster.py start it: `launch/learner.py --run-dir RUN
+[--resume]`.
 
 Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them it is the only rank.
 """

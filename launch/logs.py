@@ -19,7 +19,7 @@ _COMPLAINT = re.compile(r"\b(error|fatal|critical|killed|refused)\b", re.IGNOREC
 
 
 def first_error(text: str) -> str:
-    """The line that names what went wrong: of a chain of exceptions the cause; "" for an empty log.
+    """The line that names what went wrong: of a chain of exceptions the cause; "" if nothing did.
 
     A program that prefixes its log lines (vLLM's engine core does) is understood too.
     """
@@ -33,8 +33,12 @@ def first_error(text: str) -> str:
     reported = [found[1] for line in lines if (found := _REPORTED.match(line))]
     if reported:
         return reported[-1][:MAX_LINE]  # what a main says when it leaves
-    complaint = next((line for line in lines if _COMPLAINT.search(line)), None)
-    return (complaint or (lines[-1] if lines else ""))[:MAX_LINE].strip()
+    return next((line.strip()[:MAX_LINE] for line in lines if _COMPLAINT.search(line)), "")
+
+
+def last_line(text: str) -> str:
+    """What a process said last."""
+    return next((line.strip()[:MAX_LINE] for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def read_from(path: Path, offset: int) -> str:

@@ -48,6 +48,7 @@ class Picture:
     status: Mapping[str, Any] = field(default_factory=dict)  # the broker's answer; empty while it gives none
     rates: Mapping[str, float] = field(default_factory=dict)  # tokens per second by generator
     waiting: Mapping[str, float] = field(default_factory=dict)  # recent share of its time that each process waited
+    met: frozenset[str] = frozenset()  # processes that the broker has ever told us of
     run_dir: str = ""
 
 
@@ -78,7 +79,8 @@ def doings(picture: Picture) -> Iterator[Doing]:
 
 def _doing(name: str, device: str, state: str, answer: Mapping[str, Any] | None, picture: Picture) -> Doing:
     if state != "running" or answer is None:
-        return Doing(name, device, "starting" if state == "running" else state, 0.0, None, None)
+        alone = "has left the broker" if name in picture.met and picture.status else "starting"
+        return Doing(name, device, alone if state == "running" else state, 0.0, None, None)
     detail = WHY.get(answer["detail"], printable(answer["detail"]))
     doing = printable(answer["state"]).replace("_", " ") + (f": {detail}" if detail else "")
     if answer["seen_s"] > SILENT_S:

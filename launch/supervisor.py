@@ -1,7 +1,7 @@
 """Starts a plan's processes, watches them, restarts what may be restarted, and leaves nothing behind.
 
 Runs in `launch/cluster.py`, which calls `tick` a few times a second until it gives a verdict; who holds a Supervisor
-starts no other children meanwhile. Each process has its own session, so a Ctrl-C reaches us alone, and its own log.
+starts no other children meanwhile.
 
 That no process outlives the run rests on `_clear`: every session is killed as a group, and because this process is the
 subreaper of all it started, whatever left its group becomes our child and is found there. A SIGKILL of this process
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,10 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from launch.logs import first_error, read_from
-from launch.parent import PARENT_VARIABLE
 from launch.plan import Plan, Process, ProcessRole
-from launch.restarts import EndRun, GiveUp, Restart, describe_end, exit_code, fate
+from launch.restarts import EndRun, GiveUp, Restart, exit_code, fate
+from launch.units import Child, Unit
 from protocol.errors import Exit
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -41,7 +37,7 @@ CLEAR_S = 1.5
 class Phase(StrEnum):
     RUNNING = "running"
     DRAINING = "draining"  # the learner was asked to end by itself
-    STOPPING = "stopping"  # everything has got SIGTERM
+    STOPPING = "stopping"  # SIGTERM has been sent, SIGKILL is near
     ENDED = "ended"
 
 
@@ -65,31 +61,6 @@ class Seen:
 
 
 @dataclass(slots=True, eq=False)
-class _Child:
-    process: Process
-    log: Path
-    popen: subprocess.Popen[bytes] | None = None
-    log_start: int = 0  # where the log of this start begins
-
-
-@dataclass(slots=True, eq=False)
-class _Unit:
-    """Processes that live and die together: the learner's ranks, or a single one."""
-
-    name: str
-    role: ProcessRole
-    children: list[_Child]
-    budget: int
-    restarts: int = 0
-    restart_at: float | None = None  # set: it is down until then
-    given_up: bool = False
-
-    @property
-    def alive(self) -> bool:
-        return any(child.popen is not None and child.popen.returncode is None for child in self.children)
-
-
-@dataclass(slots=True, eq=False)
 class Supervisor:
     """`start`, then `tick` until it returns a verdict; `interrupt` at every Ctrl-C; `close` in any case."""
 
@@ -103,10 +74,11 @@ class Supervisor:
     tell: Callable[[str], None]
     """Takes one line for the user."""
     phase: Phase = Phase.RUNNING
-    _units: list[_Unit] = field(default_factory=list)
+    _units: list[Unit] = field(default_factory=list)
     _foreign: set[int] = field(default_factory=set)
     _interrupts: int = 0
     _obeyed: int = 0
+    _broker_told: bool = False
     _deadline: float = 0.0
     _verdict: Verdict | None = None
 
@@ -114,11 +86,11 @@ class Supervisor:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._foreign = {child.pid for child in psutil.Process().children()}
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self._units = [self._unit("broker", self.plan.of(ProcessRole.BROKER), RESTARTS)]
-        self._units.append(self._unit("learner", self.plan.of(ProcessRole.LEARNER), RESTARTS))
-        self._units += [self._unit(p.name, (p,), self.generator_restarts) for p in self.plan.of(ProcessRole.GENERATOR)]
+        self._units = [self._unit(self.plan.of(ProcessRole.BROKER), RESTARTS)]
+        self._units.append(self._unit(self.plan.of(ProcessRole.LEARNER), RESTARTS))
+        self._units += [self._unit((p,), self.generator_restarts) for p in self.plan.of(ProcessRole.GENERATOR)]
         for unit in self._units:
-            self._start(unit)
+            unit.start(self.environ)
 
     def tick(self) -> Verdict | None:
         """Notice what happened and act on it; the verdict once everything is gone."""
@@ -129,13 +101,13 @@ class Supervisor:
             if unit.restart_at is None and not unit.given_up:
                 self._watch(unit, now)
             elif unit.restart_at is not None and now >= unit.restart_at and self.phase is Phase.RUNNING:
-                self._start(unit)
+                unit.start(self.environ)
         if self.phase is Phase.DRAINING and now >= self._deadline:
             self._stop(
                 Verdict(Exit.INTERRUPTED, f"interrupted: the learner did not end within {self.drain_s:.0f} s"), now
             )
-        if self.phase is Phase.STOPPING and (now >= self._deadline or not any(unit.alive for unit in self._units)):
-            self.close()
+        if self.phase is Phase.STOPPING:
+            self._see_off(now)
         return self._verdict if self.phase is Phase.ENDED else None
 
     def interrupt(self) -> None:
@@ -145,7 +117,7 @@ class Supervisor:
     def close(self) -> None:
         """Nothing that was started is left after this."""
         for unit in self._units:
-            self._kill(unit)
+            unit.kill()
         self._clear()
         self.phase = Phase.ENDED
 
@@ -170,16 +142,13 @@ class Supervisor:
             self.tell(f"ending in order within {self.drain_s:.0f} s: {how}; Ctrl-C again leaves at once")
             self.drain()
 
-    def _watch(self, unit: _Unit, now: float) -> None:
-        """Act on the first process of a unit that ended badly, or on the unit's end when all ended well."""
-        codes = [child.popen.poll() if child.popen else None for child in unit.children]
-        bad = [i for i, code in enumerate(codes) if code not in (None, Exit.DONE, Exit.INTERRUPTED)]
-        if self.phase is Phase.STOPPING or not (bad or None not in codes):
+    def _watch(self, unit: Unit, now: float) -> None:
+        """Act on the end of a unit."""
+        end = unit.ended()
+        if end is None or self.phase is Phase.STOPPING:
             return
-        bad.sort(key=lambda i: unit.children[i].log.stat().st_mtime)  # who went silent first has failed first
-        child, code = unit.children[bad[0] if bad else 0], codes[bad[0] if bad else 0]
-        assert code is not None, "an ended process has a code"
-        self._kill(unit)
+        child, code = end
+        unit.kill()
         self._clear()
         if self.phase is Phase.DRAINING:
             self._ended_while_draining(unit, child, code, now)
@@ -187,66 +156,41 @@ class Supervisor:
         others_left = any(u.role is unit.role and u is not unit and not u.given_up for u in self._units)
         follows = fate(unit.role, code, restarts=unit.restarts, budget=unit.budget, others_left=others_left)
         if isinstance(follows, EndRun):
-            self._stop(Verdict(follows.code, self._obituary(child, code) if follows.failed else _how(follows)), now)
+            self._stop(Verdict(follows.code, child.obituary(code) if follows.failed else _how(follows)), now)
         elif isinstance(follows, GiveUp):
             unit.given_up = True
-            self.tell(f"{self._obituary(child, code)}; {unit.restarts} restarts were spent, going on without it")
+            self.tell(f"{child.obituary(code)}; {unit.restarts} restarts were spent, going on without it")
         elif isinstance(follows, Restart):
             unit.restart_at, unit.restarts = now + follows.after_s, unit.restarts + 1
-            self.tell(
-                f"{self._obituary(child, code)}; restart {unit.restarts} of {unit.budget} in {follows.after_s:g} s"
-            )
+            self.tell(f"{child.obituary(code)}; restart {unit.restarts} of {unit.budget} in {follows.after_s:g} s")
 
-    def _ended_while_draining(self, unit: _Unit, child: _Child, code: int, now: float) -> None:
+    def _ended_while_draining(self, unit: Unit, child: Child, code: int, now: float) -> None:
         if unit.role is ProcessRole.GENERATOR:
             unit.given_up = True
         elif unit.role is ProcessRole.LEARNER and code in (Exit.DONE, Exit.INTERRUPTED):
             self._stop(Verdict(code, _how(EndRun(code, complete=code == Exit.DONE))), now)
         else:
-            self._stop(Verdict(exit_code(code), f"interrupted, and {self._obituary(child, code)}"), now)
+            self._stop(Verdict(exit_code(code), f"interrupted, and {child.obituary(code)}"), now)
 
     def _stop(self, verdict: Verdict, now: float) -> None:
         """The verdict stands; everybody may leave in order for a while."""
         self._verdict, self.phase, self._deadline = verdict, Phase.STOPPING, now + TERM_S
         for unit in self._units:
-            for child in unit.children:
-                if child.popen is not None and child.popen.returncode is None:
-                    _signal_session(child.popen.pid, signal.SIGTERM)
+            if unit.role is not ProcessRole.BROKER:
+                unit.terminate()
 
-    def _unit(self, name: str, processes: tuple[Process, ...], budget: int) -> _Unit:
-        children = [_Child(process, self.log_dir / f"{process.name}.log") for process in processes]
-        return _Unit(name, processes[0].role, children, budget)
+    def _see_off(self, now: float) -> None:
+        """The broker leaves last: the others say goodbye to it."""
+        left = [unit for unit in self._units if unit.alive]
+        if not left or now >= self._deadline:
+            self.close()
+        elif [unit.role for unit in left] == [ProcessRole.BROKER] and not self._broker_told:
+            self._broker_told = True
+            left[0].terminate()
 
-    def _start(self, unit: _Unit) -> None:
-        unit.restart_at = None
-        for child in unit.children:
-            argv = list(child.process.argv)
-            if unit.role is ProcessRole.LEARNER and unit.restarts and "--resume" not in argv:
-                argv.append("--resume")
-            env = {**self.environ, **child.process.env, PARENT_VARIABLE: str(os.getpid())}
-            outer = self.environ.get("PYTHONPATH")
-            if outer and "PYTHONPATH" in child.process.env:
-                env["PYTHONPATH"] = f"{child.process.env['PYTHONPATH']}{os.pathsep}{outer}"
-            with child.log.open("ab") as log:
-                child.log_start = log.tell()
-                child.popen = subprocess.Popen(
-                    argv,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-
-    def _kill(self, unit: _Unit) -> None:
-        """The unit's sessions are gone after this, also what their leaders left behind."""
-        for child in unit.children:
-            if child.popen is not None:
-                _signal_session(child.popen.pid, signal.SIGKILL)
-        for child in unit.children:
-            if child.popen is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # held by the kernel: no signal reaches it
-                    child.popen.wait(timeout=CLEAR_S)
+    def _unit(self, processes: tuple[Process, ...], budget: int) -> Unit:
+        children = [Child(process, self.log_dir / f"{process.name}.log") for process in processes]
+        return Unit(processes[0].role, children, budget)
 
     def _clear(self) -> None:
         """Kill whatever left its session: orphans of ours are our children, because we are their subreaper."""
@@ -262,12 +206,7 @@ class Supervisor:
                         process.kill()
             psutil.wait_procs(strays, timeout=0.2)
 
-    def _obituary(self, child: _Child, code: int) -> str:
-        """ "generator-0 was killed by SIGKILL: <first error> (log: ...)"."""
-        error = first_error(read_from(child.log, child.log_start))
-        return f"{child.process.name} {describe_end(code)}{': ' + error if error else ''} (log: {child.log})"
-
-    def _state(self, unit: _Unit, child: _Child) -> str:
+    def _state(self, unit: Unit, child: Child) -> str:
         if unit.given_up:
             return "given up"
         if unit.restart_at is not None:
@@ -278,8 +217,3 @@ class Supervisor:
 
 def _how(end: EndRun) -> str:
     return "the run is complete" if end.complete else "interrupted: the run ended in order and can be resumed"
-
-
-def _signal_session(leader: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, number)

@@ -26,8 +26,8 @@ def group_advantages(
     a split group are the rewards of a larger set. A missing sample, and a group with fewer than two baseline rewards,
     has advantage 0.
 
-    We deviate in one thing: rewards that are exactly equal give exactly 0. Their float mean need not equal them (ten
-    times 0.1), and dividing the residue by a std of nearly 0 makes a gradient out of nothing.
+    We deviate in one thing: against a baseline whose rewards are all exactly equal, every advantage is exactly 0. That
+    is decided by comparing them: divided by a std of nearly 0, the rest that rounding leaves would be a gradient.
     """
     table = baseline_rewards.astype(np.float64)
     valid = ~np.isnan(table)

@@ -1,8 +1,9 @@
 """Publish, then advance: the second half of a step, most of it beside the next one.
 
-Every rank takes part in the copy (under ZeRO 3 each writes its own slices); rank 0's thread then makes the digests and tells the
-broker, in this order: the snapshot exists, the version has advanced, its evaluation is wanted. Advancing before the snapshot
-exists would let a generator ask for weights that are not there; that it cannot happen rests on `_finish`.
+Every rank takes part in the copy (under ZeRO 3 each writes its own slices); rank 0's thread then makes the digests
+and tells the broker, in this order: the snapshot exists, the version has advanced, its evaluation is wanted.
+Advancing before the snapshot exists would let a generator ask for weights that are not there; that it cannot happen
+rests on `_finish`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ JOIN_S = 600.0  # digests of a snapshot and three answers of the broker
 class Announcer:
     """One announcement at a time; an error of one is raised by the next call."""
 
-    def __init__(self, publisher: Publisher, link: Link, ranks: Ranks, evaluation_is_due: Callable[[int], bool]) -> None:
+    def __init__(
+        self, publisher: Publisher, link: Link, ranks: Ranks, evaluation_is_due: Callable[[int], bool]
+    ) -> None:
         self._publisher, self._link, self._ranks, self._evaluation_is_due = publisher, link, ranks, evaluation_is_due
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -36,7 +39,9 @@ class Announcer:
         self._publisher.copy(version)
         self.stall_s = time.monotonic() - started
         if self._ranks.is_first:
-            self._thread = threading.Thread(target=self._finish, args=(version, first, skipped, started), name="announcer")
+            self._thread = threading.Thread(
+                target=self._finish, args=(version, first, skipped, started), name="announcer"
+            )
             self._thread.start()
 
     def wait(self) -> None:

@@ -1,6 +1,8 @@
-"""What one batch says about itself: rewards, lengths, staleness. Pure; every rank could compute the reward part, rank 0 does.
+"""What one batch says about itself: rewards, lengths, staleness. Pure; every rank could compute the reward part, rank
+0 does.
 
-The token statistics are of this rank's completions: `batch_sums` are added up over the ranks, `token_curves` makes curves of them.
+The token statistics are of this rank's completions: `batch_sums` are added up over the ranks, `token_curves` makes
+curves of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from protocol.types import FinishReason, Share
 
 
 def batch_sums(share: Share, bound: int) -> dict[str, float]:
-    """Additive statistics of one rank's completions. `bound` is S; tokens beyond it belong to remainders and are left out."""
+    """Additive statistics of one rank's completions.
+
+    `bound` is S; tokens beyond it belong to remainders and are left out.
+    """
     sums = {"completions": 0.0, "tokens": 0.0, "truncated": 0.0, "staleness": 0.0, "left_out": 0.0}
     for item in share.items:
         completion = item.completion

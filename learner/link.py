@@ -1,13 +1,15 @@
 """A learner rank's line to the broker: shares in, versions out, heartbeats all the time.
 
-A control thread of each rank runs the asyncio loop, so the broker is answered also while the main thread is inside a step or a
-collective. Rank 0's thread holds the agreed ledger and hands it to any broker that says it does not know us: the promise that
-a dead broker loses nothing rests on `Link._hello`. Called from the main thread; every call has a deadline.
+A control thread of each rank runs the asyncio loop, so the broker is answered also while the main thread is inside a
+step or a collective. Rank 0's thread holds the agreed ledger and hands it to any broker that says it does not know
+us: the promise that a dead broker loses nothing rests on `Link._hello`. Called from the main thread; every call has a
+deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -65,9 +67,16 @@ class Link:
     """Open it, take, publish, advance; close it."""
 
     def __init__(
-        self, addresses: Addresses, key: ClientKey, *, rank: int, num_ranks: int, standing: Standing, settings_digest: str,
+        self,
+        addresses: Addresses,
+        key: ClientKey,
+        *,
+        rank: int,
+        num_ranks: int,
+        standing: Standing,
+        settings_digest: str,
         wait_s: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rank, self.num_ranks = rank, num_ranks
         self.draining = False
         self.heartbeat_numbers: dict[str, float] = {}
@@ -84,7 +93,9 @@ class Link:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._thread.start()
-        self._session: Session = self._wait(Session.open(addresses, key, self._hello, timeout_s=wait_s), "the broker's welcome")
+        self._session: Session = self._wait(
+            Session.open(addresses, key, self._hello, timeout_s=wait_s), "the broker's welcome"
+        )
         self._session.on_epoch = self._introduced_again
         self._beats = asyncio.run_coroutine_threadsafe(self._beat_forever(), self._loop)
 
@@ -112,9 +123,12 @@ class Link:
     def publish(self, snapshot: Snapshot) -> None:
         """The snapshot lies complete in its folder. A broker that starts anew is told again."""
         self._published = Publish(
-            version=snapshot.version, digest=snapshot.digest, manifest=snapshot.manifest.to_bytes(),
-            path=str(snapshot.folder), host=host_identity(),
-        )  # fmt: skip
+            version=snapshot.version,
+            digest=snapshot.digest,
+            manifest=snapshot.manifest.to_bytes(),
+            path=str(snapshot.folder),
+            host=host_identity(),
+        )
         self._ask(self._published)
 
     def advance(self, version: int, *, skipped: bool = False) -> None:
@@ -139,10 +153,8 @@ class Link:
     def close(self, reason: str) -> None:
         """Leave in order."""
         self._beats.cancel()
-        try:
+        with contextlib.suppress(PeerTimeout):  # the broker is gone; so are we
             self._wait(self._session.close(farewell=reason), "the farewell", timeout_s=5.0)
-        except PeerTimeout:
-            pass  # the broker is gone; so are we
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5.0)
 
@@ -150,11 +162,17 @@ class Link:
         standing = self._standing
         first = self.rank == 0
         return Hello(
-            role=Role.LEARNER.value, name=f"learner-{self.rank}", incarnation=self._incarnation, host=host_identity(),
-            settings_digest=self._settings_digest, rank=self.rank, num_ranks=self.num_ranks,
+            role=Role.LEARNER.value,
+            name=f"learner-{self.rank}",
+            incarnation=self._incarnation,
+            host=host_identity(),
+            settings_digest=self._settings_digest,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
             version=standing.version if first else 0,
-            training_step=standing.training_step if first else -1, ledger=standing.ledger if first else b"",
-        )  # fmt: skip
+            training_step=standing.training_step if first else -1,
+            ledger=standing.ledger if first else b"",
+        )
 
     async def _take(self, step: int, check: Callable[[], None]) -> Taken | Finished:
         while True:
@@ -172,7 +190,9 @@ class Link:
         epoch = self._session.epoch
         while not pages or len(pages) < pages[0].num_pages:
             question = Take(step=step, rank=self.rank, num_ranks=self.num_ranks, page=len(pages))
-            answer = await self._session.ask(question, bulk=True, timeout_s=self._wait_s, what=f"the share of step {step}")
+            answer = await self._session.ask(
+                question, bulk=True, timeout_s=self._wait_s, what=f"the share of step {step}"
+            )
             if isinstance(answer, Finished):
                 return answer
             if isinstance(answer, Wait):
@@ -195,12 +215,19 @@ class Link:
 
     async def _beat(self) -> None:
         beat = Beat(
-            state=self._state, detail=self._detail, for_s=time.monotonic() - self._since,
-            numbers=self.heartbeat_numbers, evaluations_seen=self._evaluations_received,
-        )  # fmt: skip
+            state=self._state,
+            detail=self._detail,
+            for_s=time.monotonic() - self._since,
+            numbers=self.heartbeat_numbers,
+            evaluations_seen=self._evaluations_received,
+        )
         epoch = self._session.epoch
         answer = await self._session.ask(beat, timeout_s=self._wait_s)
-        if isinstance(answer, BeatAnswer) and epoch == self._session.epoch and beat.evaluations_seen == self._evaluations_received:
+        if (
+            isinstance(answer, BeatAnswer)
+            and epoch == self._session.epoch
+            and beat.evaluations_seen == self._evaluations_received
+        ):
             self.draining = answer.draining
             for fields in answer.evaluations:
                 self._evaluations_received += 1

@@ -1,7 +1,8 @@
-"""What a run leaves behind: curves, samples, evaluations, checkpoints. Rank 0 writes; the others only join the checkpoint.
+"""What a run leaves behind: curves, samples, evaluations, checkpoints. Rank 0 writes; the others only join the
+checkpoint.
 
-The checkpoint holds the ledger as of the cut of the batch it was trained on, so that after any crash each prompt has influenced
-the surviving weights exactly once.
+The checkpoint holds the ledger as of the cut of the batch it was trained on, so that after any crash each prompt has
+influenced the surviving weights exactly once.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ class Recorder:
     """One per rank. `first_version`: where this process starts; later points of an earlier try are cut off."""
 
     def __init__(
-        self, config: Config, run_dir: Path, ranks: Ranks, policy: Policy, link: Link, announcer: Announcer, model_path: str,
-        first_version: int, ledger: bytes,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        run_dir: Path,
+        ranks: Ranks,
+        policy: Policy,
+        link: Link,
+        announcer: Announcer,
+        model_path: str,
+        first_version: int,
+        ledger: bytes,
+    ) -> None:
         self._config, self._run_dir, self._ranks, self._policy, self._link = config, run_dir, ranks, policy, link
         self._announcer = announcer
         self._ledger = ledger
@@ -76,7 +85,11 @@ class Recorder:
         """Collective. Nothing to do when this version is saved already, or nothing was trained."""
         if version == self._saved_version:
             return
-        extras: dict[str, Any] = {"version": version, "ledger": self._ledger, "settings": self._config.model_dump(mode="json")}
+        extras: dict[str, Any] = {
+            "version": version,
+            "ledger": self._ledger,
+            "settings": self._config.model_dump(mode="json"),
+        }
         started = time.monotonic()
         path = checkpoint.save(
             self._run_dir / "checkpoints", version, self._policy, extras, self._config.checkpoint.keep, self._ranks
@@ -89,7 +102,12 @@ class Recorder:
             self._writer.close()
 
     def _evaluation(self, evaluation: Evaluation) -> None:
-        log.info("evaluation of version %d: accuracy %.3f of %d", evaluation.version, evaluation.accuracy, evaluation.num_prompts)
+        log.info(
+            "evaluation of version %d: accuracy %.3f of %d",
+            evaluation.version,
+            evaluation.accuracy,
+            evaluation.num_prompts,
+        )
         if self._writer is None:
             return
         curves = {"eval/accuracy": evaluation.accuracy, "eval/length_mean": evaluation.length_mean}
@@ -102,18 +120,36 @@ class Recorder:
         assert self._tokenizer is not None
         return [
             {
-                "step": share.step, "prompt_number": item.prompt, "sample": item.sample,
-                "prompt": self._tokenizer.decode(item.prompt_tokens), "completion": self._tokenizer.decode(item.completion.tokens),
-                "reward": float(share.rewards[item.group, item.sample]), "finish_reason": item.completion.finish_reason.value,
+                "step": share.step,
+                "prompt_number": item.prompt,
+                "sample": item.sample,
+                "prompt": self._tokenizer.decode(item.prompt_tokens),
+                "completion": self._tokenizer.decode(item.completion.tokens),
+                "reward": float(share.rewards[item.group, item.sample]),
+                "finish_reason": item.completion.finish_reason.value,
                 "versions": [list(span) for span in item.completion.spans],
             }
             for item in share.items[: self._config.run.samples_per_step]
-        ]  # fmt: skip
+        ]
 
 
 SHOWN = (
-    "reward/mean", "reward/std", "reward/equal_group_frac", "policy/kl", "policy/entropy", "policy/grad_norm", "policy/lr",
-    "policy/loss", "staleness/mean", "staleness/max", "completion/length_mean", "completion/truncated_frac",
-    "mismatch/kl", "throughput/tokens_per_s", "time/waiting_for_trajectories", "time/training", "time/publishing",
-)  # fmt: skip
+    "reward/mean",
+    "reward/std",
+    "reward/equal_group_frac",
+    "policy/kl",
+    "policy/entropy",
+    "policy/grad_norm",
+    "policy/lr",
+    "policy/loss",
+    "staleness/mean",
+    "staleness/max",
+    "completion/length_mean",
+    "completion/truncated_frac",
+    "mismatch/kl",
+    "throughput/tokens_per_s",
+    "time/waiting_for_trajectories",
+    "time/training",
+    "time/publishing",
+)
 """What heartbeats carry to the console."""

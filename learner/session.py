@@ -1,7 +1,7 @@
 """One learner process from start to end: meet the other ranks, load or resume, warm up, train.
 
-What `launch/learner.py` calls. The order matters: the checkpoint is chosen before anything is opened, and the broker is told only what
-this process really holds.
+What `launch/learner.py` calls. The order matters: the checkpoint is chosen before anything is opened, and the broker
+is told only what this process really holds.
 """
 
 from __future__ import annotations
@@ -38,14 +38,21 @@ def train(config: Config, run_dir: Path, resume: bool) -> Ended:
     policy = Policy.open(config, config.model.path, ranks)
     standing = _resume(run_dir, policy, ranks) if resume else Standing(0, -1, b"")
     link = Link(
-        Addresses.read(run_dir), read_client_key(run_dir / "keys" / "learner.key"), rank=ranks.rank, num_ranks=ranks.num_ranks,
-        standing=standing, settings_digest=config.result_digest(), wait_s=config.watchdog.orphan_s,
-    )  # fmt: skip
+        Addresses.read(run_dir),
+        read_client_key(run_dir / "keys" / "learner.key"),
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        standing=standing,
+        settings_digest=config.result_digest(),
+        wait_s=config.watchdog.orphan_s,
+    )
     clock = StateClock(link.say)
     shared = _shared_folder(ranks)
     publisher = Publisher(shared / "snapshots", policy, ranks)
     announcer = Announcer(publisher, link, ranks, lambda version: evaluation_is_due(config, version, link.num_steps))
-    recorder = Recorder(config, run_dir, ranks, policy, link, announcer, config.model.path, standing.version, standing.ledger)
+    recorder = Recorder(
+        config, run_dir, ranks, policy, link, announcer, config.model.path, standing.version, standing.ledger
+    )
     try:
         if standing.version == 0 and config.warmup.steps:
             _warm_up(config, run_dir, policy, ranks, recorder, clock)
@@ -78,7 +85,9 @@ def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing:
     return Standing(extras["version"], -1, extras["ledger"])
 
 
-def _warm_up(config: Config, run_dir: Path, policy: Policy, ranks: Ranks, recorder: Recorder, clock: StateClock) -> None:
+def _warm_up(
+    config: Config, run_dir: Path, policy: Policy, ranks: Ranks, recorder: Recorder, clock: StateClock
+) -> None:
     examples = read_examples(run_dir / WARMUP_FILE)
 
     def report(step: WarmupStep) -> None:

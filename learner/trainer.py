@@ -7,8 +7,8 @@ Runs in every learner rank. Step k trains on policy version k and yields version
     publish   copy the new weights to shared memory; everything else of it happens beside the next step
     advance   told to the broker only after the snapshot exists and has its digests
 
-Staleness is asserted where it is used (`_rows`): a token older than S in the loss is a bug and stops the run. A step whose loss or
-gradient is not finite is skipped on every rank; three in a row end the run.
+Staleness is asserted where it is used (`_rows`): a token older than S in the loss is a bug and stops the run. A step
+whose loss or gradient is not finite is skipped on every rank; three in a row end the run.
 """
 
 from __future__ import annotations
@@ -50,9 +50,16 @@ class Trainer:
     """One rank's loop. `recorder` writes curves, samples and checkpoints; on ranks other than 0 it only takes part."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, policy: Policy, link: Link, announcer: Announcer, recorder: Recorder,
-        clock: StateClock, version: int,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        ranks: Ranks,
+        policy: Policy,
+        link: Link,
+        announcer: Announcer,
+        recorder: Recorder,
+        clock: StateClock,
+        version: int,
+    ) -> None:
         self._config, self._ranks, self._policy, self._link = config, ranks, policy, link
         self._announcer, self._recorder, self._clock = announcer, recorder, clock
         self._version = version
@@ -61,7 +68,10 @@ class Trainer:
         self._skipped_in_a_row = 0
 
     def run(self) -> Ended:
-        """Train until the last step, or until the run is asked to end. Raises NumericError, NoProgress or PeerTimeout."""
+        """Train until the last step, or until the run is asked to end.
+
+        Raises NumericError, NoProgress or PeerTimeout.
+        """
         self._clock.enter(State.PUBLISHING, f"version {self._version}")
         self._announcer.announce(self._version, first=True)
         while True:
@@ -80,13 +90,17 @@ class Trainer:
             self._clock.enter(State.WAITING_FOR_TRAJECTORIES, f"of step {step}")
             taken = self._link.take(step, self._announcer.check)
             share = None if isinstance(taken, Finished) else taken.share
-            identity = (0, 0, 0) if share is None else (share.epoch, share.step, int.from_bytes(share.batch_digest, "little"))
+            identity = (
+                (0, 0, 0) if share is None else (share.epoch, share.step, int.from_bytes(share.batch_digest, "little"))
+            )
             self._clock.enter(State.WAITING_FOR_RANKS, f"at step {step}")
             if self._ranks.same_everywhere(identity):
                 if isinstance(taken, Taken):
                     self._link.agreed(taken)
                 return taken
-            log.warning("step %d: the ranks hold different batches, the broker was restarted in between; asking again", step)
+            log.warning(
+                "step %d: the ranks hold different batches, the broker was restarted in between; asking again", step
+            )
 
     def _update(self, taken: Taken) -> tuple[Update, dict[str, float]]:
         """One optimizer step on the batch; its curves are those of all ranks together."""
@@ -98,9 +112,13 @@ class Trainer:
         micro_batches = pack(rows, config.learner.micro_batch_tokens)
         loss = GrpoLoss(config.algorithm, Totals(totals["tokens"], totals["sequences"]))
         rate = learning_rate(
-            share.step, self._num_steps, config.learner.learning_rate, config.learner.schedule, config.learner.warmup_steps,
+            share.step,
+            self._num_steps,
+            config.learner.learning_rate,
+            config.learner.schedule,
+            config.learner.warmup_steps,
             config.learner.min_learning_rate,
-        )  # fmt: skip
+        )
         update = self._policy.update(micro_batches, loss, rate)
         self._count_skipped(update, share.step)
         curves = {
@@ -130,7 +148,9 @@ class Trainer:
         rows = share_rows(share, advantages, left_out)
         for row in rows:
             oldest = row.versions[row.kept].min(initial=share.step)
-            assert share.step - oldest <= bound, f"step {share.step}: a token of version {oldest} is in the loss, S is {bound}"
+            assert share.step - oldest <= bound, (
+                f"step {share.step}: a token of version {oldest} is in the loss, S is {bound}"
+            )
         return rows
 
     def _count_skipped(self, update: Update, step: int) -> None:
@@ -140,8 +160,8 @@ class Trainer:
             log.error("step %d was skipped: loss or gradient is not finite (gradient norm %s)", step, update.grad_norm)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NumericError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient, the last was step {step}; weights are "
-                "unchanged since. Lower learner.learning_rate, or resume from an older checkpoint"
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient, the last was step {step}; "
+                "weights are unchanged since. Lower learner.learning_rate, or resume from an older checkpoint"
             )
 
     def _record(self, taken: Taken, curves: dict[str, float]) -> None:

@@ -24,7 +24,9 @@ class Addresses(NamedTuple):
             fields = json.loads(path.read_text())
             return cls(fields["control"], fields["bulk"])
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"expected the broker's addresses in {path}, got {type(error).__name__}; is {run_dir} a run?") from None
+            raise ConfigError(
+                f"expected the broker's addresses in {path}, got {type(error).__name__}; is {run_dir} a run?"
+            ) from None
 
     @staticmethod
     def run_id(run_dir: Path) -> str:
@@ -36,7 +38,9 @@ class Addresses(NamedTuple):
         """Raises ConfigError unless the URL is tcp://HOST:PORT."""
         host, colon, port = url.removeprefix("tcp://").rpartition(":")
         if not (url.startswith("tcp://") and colon and host and port.isdigit() and 0 < int(port) < 65535):
-            raise ConfigError(f"expected tcp://HOST:PORT with a port below 65535, got {url}; see broker.json in the run folder")
+            raise ConfigError(
+                f"expected tcp://HOST:PORT with a port below 65535, got {url}; see broker.json in the run folder"
+            )
         return cls(url, f"tcp://{host}:{int(port) + 1}")
 
 

@@ -1,7 +1,7 @@
 """One DEALER socket with requests and answers: every request has a deadline, and is repeated until it is answered.
 
-Used by generators, learner ranks and tools, inside an asyncio loop. One task reads; nobody cancels a receive (that can lose a
-message), only the future that waits for it.
+Used by generators, learner ranks and tools, inside an asyncio loop. One task reads; nobody cancels a receive (that
+can lose a message), only the future that waits for it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Channel:
                 if done:
                     return answer.result()
                 if asyncio.get_running_loop().time() >= deadline:
-                    raise PeerTimeout(f"waited {timeout_s:.0f} s for {what} from the broker at {self.address}, no answer came")
+                    raise PeerTimeout(
+                        f"waited {timeout_s:.0f} s for {what} from the broker at {self.address}, no answer came"
+                    )
                 repeats += 1
                 if repeats % RENEW_AFTER_REPEATS == 0:
                     self._reconnect()
@@ -80,8 +82,9 @@ class Channel:
 
     async def _send(self, frames: list[bytes | memoryview], deadline: float) -> None:
         left = deadline - asyncio.get_running_loop().time()
-        with contextlib.suppress(asyncio.TimeoutError, zmq.ZMQError):  # not sent is the same as lost: it is repeated
-            await asyncio.wait_for(self._socket.send_multipart(frames), max(0.01, min(REPEAT_S, left)))
+        with contextlib.suppress(TimeoutError, zmq.ZMQError):  # not sent is the same as lost: it is repeated
+            async with asyncio.timeout(max(0.01, min(REPEAT_S, left))):
+                await self._socket.send_multipart(frames)
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:

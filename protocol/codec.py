@@ -1,11 +1,11 @@
 """Messages to frames and back, refusing whatever is not exactly right.
 
     frame 0   header, 48 bytes little-endian (struct Header below)
-    frame 1   one msgpack map: the message's plain fields, and under "_" the declared arrays: [name, dtype, shape, crc32]
+    frame 1   one msgpack map: the plain fields, and under "_" the declared arrays: [name, dtype, shape, crc32]
     frame 2.. the arrays' raw little-endian bytes, in that order
 
-`decode` raises ProtocolError and nothing else, whatever the bytes are: the promise that no peer can crash a process rests
-on it. Nothing is allocated from a declared size before the bytes have been seen to be there.
+`decode` raises ProtocolError and nothing else, whatever the bytes are: the promise that no peer can crash a process
+rests on it. Nothing is allocated from a declared size before the bytes have been seen to be there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgpack
@@ -109,11 +109,15 @@ def _decode_header(head: bytes | memoryview, packed: bytes | memoryview) -> tupl
     if magic != MAGIC or reserved or pad:
         raise ProtocolError("header", "not a Tether message")
     if version != PROTOCOL_VERSION:
-        raise ProtocolError("version", f"protocol {version} was sent, {PROTOCOL_VERSION} is spoken here; update the older side")
+        raise ProtocolError(
+            "version", f"protocol {version} was sent, {PROTOCOL_VERSION} is spoken here; update the older side"
+        )
     if number >= len(MESSAGES):
         raise ProtocolError("type", f"unknown message type {number}")
     if length != len(packed) or length > MAX_BODY_BYTES:
-        raise ProtocolError("length", f"the header declares {length} bytes, {len(packed)} came, {MAX_BODY_BYTES} is the limit")
+        raise ProtocolError(
+            "length", f"the header declares {length} bytes, {len(packed)} came, {MAX_BODY_BYTES} is the limit"
+        )
     if zlib.crc32(packed) != crc:
         raise ProtocolError("checksum", "the message's map does not match its checksum")
     return MESSAGES[number], Header(epoch, session, sequence), num_arrays
@@ -147,7 +151,7 @@ def _decode_array(entry: Any, name: str, expected: ArrayField, blob: bytes | mem
     return np.frombuffer(blob, dtype).reshape(shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _array_fields(kind: type[Message]) -> dict[str, ArrayField]:
     """Name -> declaration of the fields that travel as raw frames, in the order of the class."""
     found: dict[str, ArrayField] = {}

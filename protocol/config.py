@@ -1,7 +1,7 @@
 """Every setting of a run: meaning, unit, range, default. Nothing here imports a heavy library.
 
-Defaults < recipe < environment (TETHER__LEARNER__LEARNING_RATE) < flags (--learner.learning_rate); `protocol/settings.py` merges
-them. Engine settings pass through verbatim under `vllm:` and `deepspeed:`.
+Defaults < recipe < environment (TETHER__LEARNER__LEARNING_RATE) < flags (--learner.learning_rate);
+`protocol/settings.py` merges them. Engine settings pass through verbatim under `vllm:` and `deepspeed:`.
 `Config.result_digest` is what both ends of a connection compare: it covers what changes results, nothing else.
 """
 
@@ -46,7 +46,10 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str = "openai/gsm8k"
-    """Training rows: a .jsonl/.json/.parquet/.csv file, a folder of them, or a Hugging Face name (NAME or NAME:SUBSET)."""
+    """Training rows:
+
+    a .jsonl/.json/.parquet/.csv file, a folder of them, or a Hugging Face name (NAME or NAME:SUBSET).
+    """
     eval: str = ""
     """Held-out rows, as `train`. Empty: the folder's or dataset's test split where it has one."""
     prompt_column: str = ""
@@ -197,7 +200,10 @@ class WatchdogConfig(Section):
 
 class NetworkConfig(Section):
     bind: str = ""
-    """Address for standalone generators, tcp://HOST:PORT (the bulk socket takes PORT+1). Empty: tcp on loopback, free ports."""
+    """Address for standalone generators, tcp://HOST:PORT (the bulk socket takes PORT+1).
+
+    Empty: tcp on loopback, free ports.
+    """
 
 
 class WarmupConfig(Section):
@@ -257,13 +263,14 @@ class Config(Section):
     def _cross_field_rules(self) -> Config:
         if self.batch.group_size < 2:
             raise ValueError(
-                f"group_size must be at least 2 for group-relative advantages, got {self.batch.group_size}; set batch.group_size"
+                f"group_size must be at least 2 for group-relative advantages, got {self.batch.group_size}; "
+                "set batch.group_size"
             )
         for key in ("top_p", "top_k", "min_p"):
             if key in self.vllm:
                 raise ValueError(
-                    f"truncated sampling (vllm.{key}) is refused for training: the learner cannot reproduce the truncated "
-                    f"distribution, so every ratio would be biased; remove vllm.{key}"
+                    f"truncated sampling (vllm.{key}) is refused for training: the learner cannot reproduce the "
+                    f"truncated distribution, so every ratio would be biased; remove vllm.{key}"
                 )
         if not self.rewards.functions:
             raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")

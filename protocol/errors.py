@@ -1,6 +1,7 @@
 """The errors that cross module borders, and the exit code that each kind of end has.
 
-ConfigError is for the user, ProtocolError for a peer; our own invariants are asserts. Between processes an error is a message.
+ConfigError is for the user, ProtocolError for a peer; our own invariants are asserts. Between processes an error is a
+message.
 """
 
 from __future__ import annotations

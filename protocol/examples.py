@@ -1,10 +1,13 @@
-"""Prompts with wanted answers, as flat arrays in one .npz file: how the broker hands the supervised warm start to the learner."""
+"""Prompts with wanted answers, as flat arrays in one .npz file:
+
+how the broker hands the supervised warm start to the learner.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +30,19 @@ def write_examples(path: Path, examples: Iterable[tuple[Tokens, Tokens]]) -> int
     """Write them whole or not at all; returns how many. Raises ConfigError if there are none."""
     pairs = list(examples)
     if not pairs:
-        raise ConfigError("the supervised warm start needs rows with a text answer, there are none; set warmup.steps=0 or data.answer_column")
+        raise ConfigError(
+            "the supervised warm start needs rows with a text answer, there are none; "
+            "set warmup.steps=0 or data.answer_column"
+        )
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "wb") as file:
         np.savez(
             file,
-            prompts=np.concatenate([prompt for prompt, _ in pairs]), prompt_lengths=[len(prompt) for prompt, _ in pairs],
-            answers=np.concatenate([answer for _, answer in pairs]), answer_lengths=[len(answer) for _, answer in pairs],
-        )  # fmt: skip
+            prompts=np.concatenate([prompt for prompt, _ in pairs]),
+            prompt_lengths=[len(prompt) for prompt, _ in pairs],
+            answers=np.concatenate([answer for _, answer in pairs]),
+            answer_lengths=[len(answer) for _, answer in pairs],
+        )
     os.replace(aside, path)
     return len(pairs)
 
@@ -48,4 +56,4 @@ def read_examples(path: Path) -> list[Example]:
 
 def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[Tokens]:
     ends = list(accumulate(lengths.tolist(), initial=0))
-    return [flat[start:end].astype(np.int32) for start, end in zip(ends, ends[1:], strict=False)]
+    return [flat[start:end].astype(np.int32) for start, end in pairwise(ends)]

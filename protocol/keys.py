@@ -1,8 +1,8 @@
 """CURVE keys of a run: who may connect, and as what.
 
-`make_run_keys` writes `keys/` (0700) into the run folder: the server's pair, and one client file (0600) per role. A client file
-holds its own pair, its role and the server's public key, so `--key FILE` is all that a standalone generator needs. Secrets are
-read from files only: never from arguments or the environment, and never logged.
+`make_run_keys` writes `keys/` (0700) into the run folder: the server's pair, and one client file (0600) per role. A
+client file holds its own pair, its role and the server's public key, so `--key FILE` is all that a standalone
+generator needs. Secrets are read from files only: never from arguments or the environment, and never logged.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def make_run_keys(run_dir: Path) -> None:
     public, secret = _pair()
     for role in Role:
         own_public, own_secret = _pair()
-        _write(folder / f"{role}.key", {"role": role.value, "public": own_public, "secret": own_secret, "server": public})
+        _write(
+            folder / f"{role}.key", {"role": role.value, "public": own_public, "secret": own_secret, "server": public}
+        )
     _write(folder / "server.key", {"public": public, "secret": secret})
 
 
@@ -93,11 +95,21 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, str]:
         mode = stat.S_IMODE(path.stat().st_mode)
         fields = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"expected a key file, found none at {path}; every run writes its keys to RUN/keys/") from None
+        raise ConfigError(
+            f"expected a key file, found none at {path}; every run writes its keys to RUN/keys/"
+        ) from None
     except ValueError:
-        raise ConfigError(f"expected a key file of Tether at {path}, it is not JSON; copy it again from RUN/keys/") from None
+        raise ConfigError(
+            f"expected a key file of Tether at {path}, it is not JSON; copy it again from RUN/keys/"
+        ) from None
     if mode & 0o077:
-        raise ConfigError(f"the key file must be readable by its owner only, its mode is {mode:o}: {path}; run chmod 600 {path}")
-    if not isinstance(fields, dict) or fields.get("format") != _FORMAT or not all(isinstance(fields.get(n), str) for n in names):
+        raise ConfigError(
+            f"the key file must be readable by its owner only, its mode is {mode:o}: {path}; run chmod 600 {path}"
+        )
+    if (
+        not isinstance(fields, dict)
+        or fields.get("format") != _FORMAT
+        or not all(isinstance(fields.get(n), str) for n in names)
+    ):
         raise ConfigError(f"expected a {_FORMAT} file with {', '.join(names)} at {path}; copy it again from RUN/keys/")
     return fields

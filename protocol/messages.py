@@ -10,7 +10,7 @@
     generator           FetchManifest               control  ManifestAnswer | Refused
     generator           Result                      bulk     Verdict
     generator           FetchChunk, FetchFile       bulk     Bytes | Refused
-    learner rank        Take                        bulk     SharePage | Wait | Finished   parked until it can be answered
+    learner rank        Take                        bulk     SharePage | Wait | Finished    parked likewise
     learner rank 0      Publish, Advance, Evaluate  control  Done | Refused
     supervisor          Drain                       control  Done
     broker              VersionHint                 control  nothing: a hint, repeated in every BeatAnswer
@@ -80,7 +80,9 @@ class Status(StrEnum):
 class Message(BaseModel):
     """Base of all messages. Strict: a value of another type is refused, not converted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True
+    )
     roles: ClassVar[frozenset[Role] | None] = None
     """Who may send it to the broker; None: only the broker sends it."""
 
@@ -389,8 +391,8 @@ class Evaluate(Message):
 
 
 MESSAGES: tuple[type[Message], ...] = (
-    Hello, Welcome, Refused, Done, Wait, Finished, Beat, BeatAnswer, VersionHint, StatusRequest, StatusAnswer, Bye, Drain,
-    Pull, Leases, Release, Result, Verdict, FetchManifest, ManifestAnswer, FetchChunk, FetchFile, Bytes,
+    Hello, Welcome, Refused, Done, Wait, Finished, Beat, BeatAnswer, VersionHint, StatusRequest, StatusAnswer, Bye,
+    Drain, Pull, Leases, Release, Result, Verdict, FetchManifest, ManifestAnswer, FetchChunk, FetchFile, Bytes,
     Take, SharePage, Publish, Advance, Evaluate,
 )  # fmt: skip
 """A message's number on the wire is its place here: append only."""

@@ -1,4 +1,7 @@
-"""The identity of reward code that a user brings: both ends of a connection compare it, the code itself never travels."""
+"""The identity of reward code that a user brings:
+
+both ends of a connection compare it, the code itself never travels.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ def reward_digest(uses: Sequence[str]) -> str:
         try:
             content = Path(file).read_bytes()
         except OSError as error:
-            raise ConfigError(f"expected reward code in {file}, {(error.strerror or 'unreadable').lower()}; set rewards.functions") from None
+            raise ConfigError(
+                f"expected reward code in {file}, {(error.strerror or 'unreadable').lower()}; set rewards.functions"
+            ) from None
         digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()[:32] if brought else ""
 
@@ -32,5 +37,8 @@ def reward_digest(uses: Sequence[str]) -> str:
 def with_files(rewards: RewardsConfig, uses: Sequence[str]) -> RewardsConfig:
     """The run's rewards with their files where this host has them: `uses` names them in the run's order."""
     here = iter([use for use in uses if is_file(use)])
-    functions = [function.model_copy(update={"use": next(here)}) if is_file(function.use) else function for function in rewards.functions]
+    functions = [
+        function.model_copy(update={"use": next(here)}) if is_file(function.use) else function
+        for function in rewards.functions
+    ]
     return rewards.model_copy(update={"functions": tuple(functions)})

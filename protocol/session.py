@@ -1,12 +1,15 @@
-"""A peer's standing with the broker: it introduces itself, keeps the epoch, and introduces itself again after a restart.
+"""A peer's standing with the broker: it introduces itself, keeps the epoch, and introduces itself again after a
+restart.
 
-Everybody but the broker uses it. Whoever holds a Session never handles reconnects: a request that meets a restarted broker says
-hello again and is repeated under the new epoch. `on_epoch` tells the holder that everything it was given before is void.
+Everybody but the broker uses it. Whoever holds a Session never handles reconnects: a request that meets a restarted
+broker says hello again and is repeated under the new epoch. `on_epoch` tells the holder that everything it was given
+before is void.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from protocol.addresses import Addresses
@@ -34,7 +37,10 @@ class Session:
     async def open(
         cls, addresses: Addresses, key: ClientKey, hello: Callable[[], Hello], *, timeout_s: float = 60.0
     ) -> Session:
-        """Connect and introduce ourselves. Raises ProtocolError if the broker refuses us, PeerTimeout if it is silent."""
+        """Connect and introduce ourselves.
+
+        Raises ProtocolError if the broker refuses us, PeerTimeout if it is silent.
+        """
         session = cls(addresses, key, hello)
         try:
             await session._greet(timeout_s)
@@ -66,10 +72,8 @@ class Session:
     async def close(self, farewell: str = "done") -> None:
         """Leave in order: with a farewell our leases count nothing against their prompts."""
         if farewell and self.welcome is not None:
-            try:
+            with contextlib.suppress(PeerTimeout, ProtocolError):  # the broker will notice by itself
                 await self.ask(Bye(reason=farewell), timeout_s=2.0)
-            except (PeerTimeout, ProtocolError):
-                pass  # the broker will notice by itself
         await self._control.close()
         await self._bulk.close()
 

@@ -1,6 +1,7 @@
 """Folders in shared memory: one per process, readable by its user only, removed when their process is gone.
 
-`/dev/shm/tether-<uid>/<label>-<pid>`. A killed process cannot clean up; the next one of any run does (`private_folder`).
+`/dev/shm/tether-<uid>/<label>-<pid>`. A killed process cannot clean up; the next one of any run does
+(`private_folder`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from protocol.errors import PreflightError
 
 
 def private_folder(label: str) -> Path:
-    """A new, empty folder of this process; removes those of processes that are gone. Raises PreflightError if it is not ours."""
+    """A new, empty folder of this process; removes those of processes that are gone.
+
+    Raises PreflightError if it is not ours.
+    """
     base = _base()
     base.mkdir(mode=0o700, exist_ok=True)
     found = base.lstat()

@@ -6,7 +6,7 @@ A page stays below the frame limit, so a batch of any size travels. `join_pages`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,21 @@ def join_pages(pages: Sequence[SharePage], epoch: int, rank: int, num_ranks: int
     try:
         items = tuple(item for page in pages for item in _items(page))
     except (ValueError, IndexError) as error:
-        raise ProtocolError("share", f"the arrays of step {first.step}'s share contradict each other: {error}") from None
+        raise ProtocolError(
+            "share", f"the arrays of step {first.step}'s share contradict each other: {error}"
+        ) from None
     return Share(
-        epoch, first.step, first.batch_digest, rank, num_ranks, first.total_tokens, first.rewards, first.baseline_rewards, items,
+        epoch,
+        first.step,
+        first.batch_digest,
+        rank,
+        num_ranks,
+        first.total_tokens,
+        first.rewards,
+        first.baseline_rewards,
+        items,
         frozenset(first.remainder_groups.tolist()),
-    )  # fmt: skip
+    )
 
 
 def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> SharePage:
@@ -50,8 +60,13 @@ def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> 
     tables = number == 0
     empty = np.zeros((0, 0), np.float32)
     return SharePage(
-        step=share.step, batch_digest=share.batch_digest, page=number, num_pages=num_pages, total_tokens=share.total_tokens,
-        groups=_ints(item.group for item in items), samples=_ints(item.sample for item in items),
+        step=share.step,
+        batch_digest=share.batch_digest,
+        page=number,
+        num_pages=num_pages,
+        total_tokens=share.total_tokens,
+        groups=_ints(item.group for item in items),
+        samples=_ints(item.sample for item in items),
         prompts=np.fromiter((item.prompt for item in items), np.int64),
         prompt_lengths=_ints(len(item.prompt_tokens) for item in items),
         lengths=_ints(len(item.completion.tokens) for item in items),
@@ -62,9 +77,10 @@ def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> 
         tokens=_joined([item.completion.tokens for item in items], np.int32),
         behavior_logprobs=_joined([item.completion.behavior_logprobs for item in items], np.float32),
         observed=_joined([_observed(item.completion) for item in items], np.bool_),
-        rewards=share.rewards if tables else empty, baseline_rewards=share.baseline_rewards if tables else empty,
+        rewards=share.rewards if tables else empty,
+        baseline_rewards=share.baseline_rewards if tables else empty,
         remainder_groups=_ints(sorted(share.remainder_groups) if tables else ()),
-    )  # fmt: skip
+    )
 
 
 def _items(page: SharePage) -> list[ShareItem]:
@@ -76,11 +92,15 @@ def _items(page: SharePage) -> list[ShareItem]:
     items: list[ShareItem] = []
     for index in range(len(page.groups)):
         completion = Completion(
-            tokens[index], logprobs[index], tuple(VersionSpan(*map(int, span)) for span in spans[index]),
+            tokens[index],
+            logprobs[index],
+            tuple(VersionSpan(*map(int, span)) for span in spans[index]),
             FinishReason.LENGTH if page.truncated[index] else FinishReason.STOP,
             observed[index] if observed[index].any() else None,
-        )  # fmt: skip
-        item = ShareItem(int(page.groups[index]), int(page.samples[index]), int(page.prompts[index]), prompts[index], completion)
+        )
+        item = ShareItem(
+            int(page.groups[index]), int(page.samples[index]), int(page.prompts[index]), prompts[index], completion
+        )
         items.append(item)
     return items
 
@@ -90,7 +110,7 @@ def _cut(flat: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> list[np.n
     ends = list(accumulate(map(int, lengths), initial=0))
     if ends[-1] != len(flat):
         raise ValueError(f"lengths add up to {ends[-1]}, the array has {len(flat)}")
-    return [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [flat[start:end] for start, end in pairwise(ends)]
 
 
 def _ints(values: Any) -> np.ndarray[Any, Any]:

@@ -1,7 +1,8 @@
 """Every ZeroMQ option that Tether sets, and why. All sockets of all processes are made here.
 
-Two kinds: the broker binds ROUTER sockets, everybody else connects DEALER sockets. Each is CURVE-encrypted, loopback too, and the
-broker's authenticator (ZAP) admits only listed public keys. `self_test` proves at every start that an unlisted key is refused.
+Two kinds: the broker binds ROUTER sockets, everybody else connects DEALER sockets. Each is CURVE-encrypted, loopback
+too, and the broker's authenticator (ZAP) admits only listed public keys. `self_test` proves at every start that an
+unlisted key is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from protocol.messages import Role
 ZAP_DOMAIN = "tether"
 MAX_FRAME_BYTES = 9 << 20  # a little over the codec's largest frame; a larger one closes the connection
 SEND_QUEUE = 4096  # messages towards one peer; a peer that reads slower loses answers and asks again
+
+
+def broker_context() -> zmq.Context[Any]:
+    """The broker's context: it may hold a thousand generators and more."""
+    context: zmq.Context[Any] = zmq.Context()
+    context.setsockopt(zmq.MAX_SOCKETS, 8192)
+    return context
 
 
 class AllowList:
@@ -58,8 +66,8 @@ def bind_router(context: zmq.Context[Any], address: str, key: ServerKey) -> zmq.
     except zmq.ZMQError as error:
         socket.close(linger=0)
         raise RunLocked(
-            f"the broker needs {address}, but {os.strerror(error.errno or 0).lower()}; end the process that holds the port, "
-            "or choose another with --bind tcp://HOST:PORT"
+            f"the broker needs {address}, but {os.strerror(error.errno or 0).lower()}; end the process that holds "
+            "the port, or choose another with --bind tcp://HOST:PORT"
         ) from None
     return socket
 
@@ -92,9 +100,13 @@ def self_test(context: zmq.Context[Any], address: str, server: ServerKey, timeou
     try:
         socket.connect(address)
         if not monitor.poll(int(timeout_s * 1000)):
-            raise PreflightError(f"the key check of {address} gave no verdict in {timeout_s} s; is the port really ours?")
+            raise PreflightError(
+                f"the key check of {address} gave no verdict in {timeout_s} s; is the port really ours?"
+            )
         if recv_monitor_message(monitor)["event"] != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            raise PreflightError(f"{address} admitted a key that is not listed; refusing to start without authentication")
+            raise PreflightError(
+                f"{address} admitted a key that is not listed; refusing to start without authentication"
+            )
     finally:
         socket.disable_monitor()
         socket.close(linger=0)

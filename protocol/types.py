@@ -66,7 +66,9 @@ class Completion:
     behavior_logprobs: Logprobs  # [T], of the distribution that was sampled from; NaN where the engine had none
     spans: tuple[VersionSpan, ...]  # ascending, without gaps, covering [0, T)
     finish_reason: FinishReason
-    observed: NDArray[np.bool_] | None = None  # [T], True: given by a tool or environment, outside the loss. None: no such token
+    observed: NDArray[np.bool_] | None = (
+        None  # [T], True: given by a tool or environment, outside the loss. None: no such token
+    )
 
     @property
     def oldest_version(self) -> int:
@@ -103,8 +105,8 @@ class Lease:
 class Group:
     """The trajectories of one prompt that a batch trains together: they share a baseline.
 
-    With `at_bound: split` the first part of a group and its remainder are two groups of the same prompt; the remainder's
-    `baseline_rewards` holds the rewards of the whole group.
+    With `at_bound: split` the first part of a group and its remainder are two groups of the same prompt; the
+    remainder's `baseline_rewards` holds the rewards of the whole group.
     """
 
     prompt: Prompt
@@ -138,4 +140,6 @@ class Share:
     rewards: NDArray[np.float32]  # [groups, G]; NaN where a sample is missing
     baseline_rewards: NDArray[np.float32]  # [groups, G], NaN-padded: what group statistics are taken from
     items: tuple[ShareItem, ...]
-    remainder_groups: frozenset[int] = frozenset()  # rows of the reward table whose tokens older than S are left out of the loss
+    remainder_groups: frozenset[int] = (
+        frozenset()
+    )  # rows of the reward table whose tokens older than S are left out of the loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ async def all_reached(engine: Engine, number: int, tokens: int) -> None:
     )
 
 
-async def outcome(call: Coroutine[Any, Any, Any] | asyncio.Task[Any], timeout_s: float = 20.0) -> Any:
+async def outcome(call: Awaitable[Any], timeout_s: float = 20.0) -> Any:
     """The result of a call, or the exception it raised."""
     try:
         return await asyncio.wait_for(call, timeout_s)

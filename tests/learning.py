@@ -23,7 +23,7 @@ RATE = 1e-4
 
 
 def model_folder(folder: Path, tied: bool = True, seed: int = 0) -> str:
-    """A tiny model with weights and tokenizer, as `--model` takes it. Its logits are of size 1: rounding stays small."""
+    """A tiny model with weights and tokenizer, by path. Its logits are of size 1: rounding stays small."""
     lm = make_tiny_qwen2(folder, tied, VOCAB, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -43,6 +43,10 @@ def test_equal_rewards_give_exactly_zero(scale: str, reward: float, size: int) -
     assert not group_advantages(rewards, rewards, scale).any()  # type: ignore[arg-type]
 
 
+def test_a_baseline_without_spread_gives_nothing_to_any_reward() -> None:
+    assert not group_advantages(table([1.0, NAN, NAN]), table([0.1, 0.1, 0.1]), "group").any()
+
+
 def test_nearly_equal_rewards_do_not_count_as_equal() -> None:
     rewards = table([0.5, 0.5, 0.5000001, 0.5])
     assert group_advantages(rewards, rewards, "group").all()

@@ -55,6 +55,12 @@ def test_help_answers_from_any_folder_and_lists_every_setting(tmp_path: Path) ->
     assert "gradient_checkpointing" in said.stdout
 
 
+def test_a_python_without_the_packages_hands_over_to_the_projects_own(tmp_path: Path) -> None:
+    bare = [sys._base_executable, "-I", str(ROOT / "launch" / "cluster.py"), "--genrators", "2"]  # type: ignore[attr-defined]
+    result = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert "did you mean --generators?" in result.stderr or "run make setup" in result.stderr
+
+
 def test_a_dry_run_starts_nothing_and_is_valid_json(tmp_path: Path) -> None:
     flags = ("--generators", "2", "--learner-gpus", "2", "--device", "cpu", "--dry-run", "--json")
     said = cluster(*flags, cwd=tmp_path, TETHER__LEARNER__ZERO="2")

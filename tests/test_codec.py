@@ -1,4 +1,6 @@
-"""The codec gives back exactly what was sent, and refuses everything else without ever raising anything but ProtocolError."""
+"""The codec gives back exactly what was sent, and refuses everything else without ever raising anything but
+ProtocolError.
+"""
 
 import random
 
@@ -18,10 +20,19 @@ HEADER = Header(epoch=7, session=8, sequence=9)
 def result(tokens: list[int], error: str = "") -> Result:
     array = np.array(tokens, np.int32)
     return Result(
-        epoch=3, evaluation=False, prompt=5, attempt=1, sample=2, error=error, spans=[(0, 0, len(tokens))], reward=0.5,
-        rewards={"gsm8k": 0.5, "other": None}, tokens=array, behavior_logprobs=array.astype(np.float32) / 7,
+        epoch=3,
+        evaluation=False,
+        prompt=5,
+        attempt=1,
+        sample=2,
+        error=error,
+        spans=[(0, 0, len(tokens))],
+        reward=0.5,
+        rewards={"gsm8k": 0.5, "other": None},
+        tokens=array,
+        behavior_logprobs=array.astype(np.float32) / 7,
         observed=np.zeros(0, np.bool_),
-    )  # fmt: skip
+    )
 
 
 def frames_of(message: Message) -> list[bytes]:
@@ -43,9 +54,17 @@ def test_a_result_comes_back_as_it_was_sent(tokens: list[int], error: str) -> No
 
 def test_leases_with_their_columns_come_back_as_they_were_sent() -> None:
     item = LeaseItem(
-        kind="train", number=1, row=2, attempt=3, samples=4, version=5, failures=0, ttl_s=30.0, num_tokens=2,
+        kind="train",
+        number=1,
+        row=2,
+        attempt=3,
+        samples=4,
+        version=5,
+        failures=0,
+        ttl_s=30.0,
+        num_tokens=2,
         columns={"answer": "#### 12", "extra": {"a": [1, 2.5, None]}},
-    )  # fmt: skip
+    )
     _, back = decode(frames_of(Leases(leases=[item], tokens=np.array([4, 5], np.int32))))
     assert isinstance(back, Leases)
     assert back.leases == [item]

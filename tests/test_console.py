@@ -26,11 +26,21 @@ from protocol.config import Config
 HOSTILE = "[bold red]x[/] \x1b[2J\x1b]0;title\x07 \u202e\r\n"
 
 STEPS = [
-    {"step": i, "time": 1000 + 1.5 * i, "reward/mean": 0.2 + 0.004 * i, "policy/kl": 0.0012, "policy/entropy": 0.8,
-     "completion/length_mean": 231.0, "completion/truncated_frac": 0.004, "staleness/mean": 0.9, "staleness/max": 2.0,
-     "time/waiting_for_trajectories": 0.2, "throughput/tokens_per_s": 41200.0}
+    {
+        "step": i,
+        "time": 1000 + 1.5 * i,
+        "reward/mean": 0.2 + 0.004 * i,
+        "policy/kl": 0.0012,
+        "policy/entropy": 0.8,
+        "completion/length_mean": 231.0,
+        "completion/truncated_frac": 0.004,
+        "staleness/mean": 0.9,
+        "staleness/max": 2.0,
+        "time/waiting_for_trajectories": 0.2,
+        "throughput/tokens_per_s": 41200.0,
+    }
     for i in range(128)
-]  # fmt: skip
+]
 EVALUATIONS = [
     {"version": 0, "accuracy": 0.3, "num_prompts": 200},
     {"version": 120, "accuracy": 0.498, "num_prompts": 200},
@@ -62,17 +72,23 @@ def status(**more: Any) -> dict[str, Any]:
 
 def picture(**more: Any) -> Picture:
     fields: dict[str, Any] = {
-        "name": "demo-1", "config": Config(), "processes": SEEN, "steps": STEPS, "evaluations": EVALUATIONS,
-        "run_dir": "runs/demo-1", "status": status(), "rates": {"generator-0": 9812.0},
+        "name": "demo-1",
+        "config": Config(),
+        "processes": SEEN,
+        "steps": STEPS,
+        "evaluations": EVALUATIONS,
+        "run_dir": "runs/demo-1",
+        "status": status(),
+        "rates": {"generator-0": 9812.0},
         "waiting": {"learner-0": 0.4, "generator-0": 0.1},
-    }  # fmt: skip
+    }
     return Picture(**(fields | more))
 
 
 def drawn(width: int, shown: Picture) -> str:
     screen = Screen(width=width, file=io.StringIO(), force_terminal=False)
     screen.print(frame(shown))
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    text: str = screen.file.getvalue()  # type: ignore[attr-defined]
     assert max(cell_len(line) for line in text.splitlines()) <= width
     return text
 
@@ -146,8 +162,11 @@ def test_a_pipe_gets_each_step_and_evaluation_once(tmp_path: Path) -> None:
     console.close()
     lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [re.findall(r"step \d+/435|evaluation of version \d+", line) for line in lines] == [
-        ["evaluation of version 0"], ["step 1/435"], ["step 2/435"], ["step 3/435"]
-    ]  # fmt: skip
+        ["evaluation of version 0"],
+        ["step 1/435"],
+        ["step 2/435"],
+        ["step 3/435"],
+    ]
 
 
 def test_a_pipe_is_never_silent_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +249,7 @@ ENGINE_CORE = """\
         (CHAIN, "KeyError: 'a'"),
         (ENGINE_CORE, "torch.OutOfMemoryError: CUDA"),
         ("fine\nfatal: disk full\nbye\n", "fatal: disk full"),
-        ("only this\n", "only this"),
+        ("12:00:01 I x y: hello\n", ""),
     ],
 )
 def test_a_log_is_asked_for_its_first_error(log: str, error: str) -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom, where each heavy library lives, and that nothing pickles: read from the source of the modules."""
+"""Who may import whom, where each heavy library lives, and that nothing pickles: read from the source of modules."""
 
 from __future__ import annotations
 

@@ -89,6 +89,14 @@ def test_a_generator_that_lags_behind_may_fill_only_the_steps_that_can_still_tra
     assert len(grants(scheduler, version=5, who="b")) == 2
 
 
+def test_a_group_due_early_takes_no_place_that_a_later_one_has_already() -> None:
+    scheduler = fresh(version=5)
+    assert len(grants(scheduler, version=5)) == 4
+    assert refusal(scheduler, version=4, who="b") is Refusal.AT_BOUND, (
+        "step 5 has two places free, steps 5 and 6 have none"
+    )
+
+
 def test_a_version_whose_last_step_is_cut_gets_no_lease() -> None:
     scheduler = fresh(version=5)
     finish(scheduler, *grants(scheduler, version=5, room=4))

@@ -24,7 +24,7 @@ schedules = st.builds(
     ScheduleSettings,
     prompts_per_step=st.integers(1, 4),
     group_size=st.integers(1, 4),
-    steps=st.integers(1, 6),
+    steps=st.integers(1, 12),
     max_staleness=st.integers(0, 3),
     num_prompts=st.none() | st.integers(1, 24),
     at_bound=st.sampled_from(AtBound),
@@ -55,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.void: list[Grant] = []  # leases that the scheduler took back
         self.trained: list[int] = []
         self.skipped: list[int] = []
+        self.num_too_long = self.num_too_long_at_cut = 0
         self.last_batch: list[int] = []
         self.at_cut = self.scheduler.ledger.snapshot()
 
@@ -93,6 +94,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sample in range(grant.samples):
             self.scheduler.finished(answer(grant, sample, float(sample), newest), self.now)
 
+    @rule(
+        session=st.sampled_from(SESSIONS),
+        num_left=st.integers(0, 2),
+        num_samples=st.integers(0, 3),
+        steps=st.integers(1, 4),
+    )
+    def run_smoothly(self, session: str, num_left: int, num_samples: int, steps: int) -> None:
+        """A generator finishes all that it can get but its oldest groups, and the learner trains what is ready."""
+        for _ in range(steps):
+            self.pull(session, room=48, catches_up=True, newer=False)
+            attempts = sorted(attempt for attempt, (who, _) in self.held.items() if who == session)
+            for index, attempt in enumerate(attempts):
+                grant = self.held[attempt][1]
+                samples = range(min(num_samples, grant.samples)) if index < num_left else range(grant.samples)
+                for sample in samples:
+                    status = self.scheduler.finished(answer(grant, sample, float(sample)), self.now)
+                    self.accepted[attempt, sample] += status is ResultStatus.ACCEPTED
+                if self.scheduler.leases.find(attempt) is None:
+                    del self.held[attempt]
+            if self.scheduler.ready:
+                self.cut()
+            if self.scheduler.training is not None:
+                self.advance(step_s=1.0, skipped=1)
+
+    @rule(ahead=st.integers(1, 3))
+    def pull_with_a_version_that_does_not_exist(self, ahead: int) -> None:
+        given = self.scheduler.pull("liar", self.scheduler.version + ahead, 48, self.now, newer_available=False)
+        assert isinstance(given, Wait)
+
     @needs(lambda self: self.void)
     @rule(data=st.data())
     def answer_late(self, data: st.DataObject) -> None:
@@ -108,12 +138,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             self.scheduler.released(grant.attempt)
 
-    @rule(session=st.sampled_from(SESSIONS), crashed=st.booleans())
-    def lose_a_generator(self, session: str, crashed: bool) -> None:
+    @rule(session=st.sampled_from(SESSIONS), crashed=st.booleans(), happens=st.integers(0, 2))
+    def lose_a_generator(self, session: str, crashed: bool, happens: int) -> None:
+        if happens:
+            return
         lost = self.scheduler.holder_lost(session, crashed)
         self._forget([lease.grant for lease in lost])
 
-    @rule(delay_s=st.floats(0, TTL_S * 1.5), session=st.none() | st.sampled_from(SESSIONS))
+    @rule(delay_s=st.floats(0, TTL_S * 0.7), session=st.none() | st.sampled_from(SESSIONS))
     def let_time_pass(self, delay_s: float, session: str | None) -> None:
         """One generator renews its leases, the others are silent."""
         self.now += delay_s
@@ -132,6 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if fresh:
             attempt = data.draw(st.sampled_from(fresh))
             self.scheduler.filtered(attempt, "prompt_too_long")
+            self.num_too_long += 1
             self._forget([self.held[attempt][1]])
 
     @needs(lambda self: self.scheduler.ready)
@@ -160,10 +193,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             answers = [one.completion for one in result.trajectories if one.completion]
             assert {span.version for one in answers for span in one.spans} <= {result.version}
 
-    @rule()
-    def restart_the_broker(self) -> None:
+    @rule(happens=st.integers(0, 4))
+    def restart_the_broker(self, happens: int) -> None:
         """The learner's ledger is that of the last cut: what was skipped since counts as trained in it."""
+        if happens:
+            return
         old = self.scheduler
+        self.num_too_long = self.num_too_long_at_cut
         self.scheduler = Scheduler(self.schedule, Ledger.restore(self.at_cut), old.version, old.training)
         self.held.clear()
         self.void.clear()  # of another epoch: the server refuses them
@@ -191,6 +227,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert counts["finished"] == sum(lease.complete for lease in opened)
         assert len({lease.grant.prompt for lease in opened}) == len(opened), "a prompt is leased twice"
         assert counts["trained"] == len(self.trained) - len(self.skipped)
+        num_equal = ledger.filtered["equal_rewards"] if self.schedule.filter_equal_rewards else 0
+        assert counts["filtered"] == self.num_too_long + num_equal
 
     def teardown(self) -> None:
         """From wherever it stands, one honest generator and an honest learner bring the run to its end."""
@@ -236,7 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert all(batch.step - span.version <= self.schedule.max_staleness for span in spans)
                 assert len(group.trajectories) >= min(2, self.schedule.group_size)
         self.trained += self.last_batch
-        self.at_cut = self.scheduler.ledger.snapshot()
+        self.at_cut, self.num_too_long_at_cut = self.scheduler.ledger.snapshot(), self.num_too_long
 
     def _forget(self, grants: list[Grant]) -> None:
         for grant in grants:
@@ -246,4 +284,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

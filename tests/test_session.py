@@ -1,4 +1,7 @@
-"""Requests and answers over real CURVE sockets: who gets in, what is refused, and what a restart looks like to a peer."""
+"""Requests and answers over real CURVE sockets:
+
+who gets in, what is refused, and what a restart looks like to a peer.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ from protocol.messages import (
 )
 from protocol.session import Session
 from protocol.sockets import AllowList, bind_router, self_test, start_authenticator
+from tests.engines import until
 from tests.wire import SmallService, free_addresses, serving
 
 
@@ -108,8 +112,7 @@ def test_a_question_without_an_answer_is_parked_until_something_changes(tmp_path
     async def talk(addresses: Addresses) -> float:
         session = await opened(tmp_path, addresses, Role.GENERATOR)
         question = asyncio.create_task(session.ask(Pull(version=0, digest="", room=1), timeout_s=10))
-        while not box.get("asked"):
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(box.get("asked")), "the question reaches the service")
         box["open"], service.changed, started = True, True, time.monotonic()
         assert isinstance(await question, Done)
         await session.close()
@@ -191,7 +194,9 @@ def test_a_taken_port_is_named_with_what_to_do(tmp_path: Path) -> None:
     make_run_keys(tmp_path)
     with serving(tmp_path, SmallService(polite)) as (addresses, _):
         context: zmq.Context[Any] = zmq.Context()
-        with pytest.raises(RunLocked, match=r"the broker needs tcp://127.0.0.1:\d+, but address already in use; end the process"):
+        with pytest.raises(
+            RunLocked, match=r"the broker needs tcp://127.0.0.1:\d+, but address already in use; end the process"
+        ):
             bind_router(context, addresses.control, read_server_key(tmp_path))
         context.destroy(linger=0)
 

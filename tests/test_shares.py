@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,6 +132,12 @@ def test_the_digest_does_not_depend_on_the_order_of_groups() -> None:
     groups = [group(number, [4, 5]) for number in range(4)]
     assert batch_digest(groups) == batch_digest(groups[::-1])
     assert len(batch_digest(groups)) == 16
+
+
+def test_the_digest_depends_on_every_token() -> None:
+    answer = completion(6)
+    other = replace(answer, tokens=answer.tokens + np.array([0, 0, 1, 0, 0, 0], np.int32))
+    assert batch_digest([one(answer)]) != batch_digest([one(other)])
 
 
 @pytest.mark.parametrize(

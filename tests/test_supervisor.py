@@ -118,6 +118,18 @@ def test_a_learner_that_ends_well_ends_the_run_and_the_others_leave(started: Sta
     assert verdict == Verdict(Exit.DONE, "the run is complete")
 
 
+def test_the_broker_leaves_after_the_others(started: Start, tmp_path: Path) -> None:
+    note = str(tmp_path / "order")
+    write = "import signal, sys; signal.signal(signal.SIGTERM, lambda *a: (open({0!r}, 'a').write({1!r}), sys.exit(0)))"
+    stay = write + "; print('up'); signal.pause()"
+    done = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
+    run = started(cluster(stay.format(note, "broker "), (f"print('up')\n{done}",), (stay.format(note, "generator "),)))
+    run.until(run.everybody_is_up)
+    (tmp_path / "go").touch()
+    assert run.verdict().code == Exit.DONE
+    assert Path(note).read_text() == "generator broker "
+
+
 def test_a_dead_generator_is_restarted_while_the_others_stay(started: Start, tmp_path: Path) -> None:
     run = started(cluster(generators=(die_once(tmp_path / "marker", STAY), STAY)))
     run.until(run.everybody_is_up)
@@ -139,6 +151,12 @@ def test_the_last_generator_beyond_its_budget_ends_the_run_with_its_first_error(
     assert verdict.code == 1
     assert "generator-0 ended with code 1: ValueError: the first error" in verdict.text
     assert "generator-0.log" in verdict.text
+
+
+def test_who_was_killed_is_not_blamed_for_its_last_words(started: Start) -> None:
+    suicide = "import os, signal; print('all is well', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    verdict = started(cluster(generators=(suicide,)), restarts=0).verdict()
+    assert verdict.text.startswith("generator-0 was killed by SIGKILL (out of memory?) (log: ")
 
 
 def test_a_wrong_setting_is_not_tried_again(started: Start) -> None:

@@ -84,7 +84,7 @@ class Rig:
         self.run(self.engine.load(self.snapshot()))
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return self.runner.run(asyncio.wait_for(call, 60))
+        return self.runner.run(asyncio.wait_for(call, 100))
 
     def snapshot(self) -> Snapshot:
         """The current model as the next version."""

@@ -56,7 +56,9 @@ def serving(run_dir: Path, service: Any, addresses: Addresses | None = None) -> 
     allow = AllowList(allowed_keys(run_dir))
     authenticator = start_authenticator(context, allow)
     key = read_server_key(run_dir)
-    server = Server(bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key), allow, service)
+    server = Server(
+        bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key), allow, service
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from launch.own_python import use_own_python
+
+    use_own_python()
 
 from launch.broker_line import ASK_EVERY_S, BrokerLine
 from launch.console import Console, open_screen

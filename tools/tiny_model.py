@@ -39,6 +39,7 @@ class Shape:
     heads: int = 4
     intermediate: int = 512
     positions: int = 512
+    std: float = 0.02
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -83,7 +84,7 @@ def _weights(shape: Shape, vocabulary: int, rng: np.random.Generator) -> Iterato
     """Names and shapes as Qwen2ForCausalLM has them; normal with deviation 0.02, as its own initialisation."""
 
     def normal(*size: int) -> NDArray[np.float32]:
-        return (0.02 * rng.standard_normal(size)).astype(np.float32)
+        return (shape.std * rng.standard_normal(size)).astype(np.float32)
 
     hidden, wide = shape.hidden, shape.intermediate
     yield "model.embed_tokens.weight", normal(vocabulary, hidden)

@@ -1,7 +1,7 @@
 """GSM8K: does the number after `####` equal the reference answer's?
 
-Runs in a reward worker. The rules are those of verl's scorer, so that numbers can be compared with published ones: only the last 300
-characters are looked at, the last match counts, and numbers are compared as text.
+Runs in a reward worker. The rules are those of verl's scorer, so that numbers can be compared with published ones:
+only the last 300 characters are looked at, the last match counts, and numbers are compared as text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reward workers under deadlines: what reward code does can cost one call, never a run, and never becomes a zero.
 
-Runs in the generator process. Workers are long-lived, in sessions of their own, with an explicit environment; one that does not answer in
-time is killed with everything it started, and replaced. That a failure is an error with a reason rests on `score`: it either returns
-what the functions said or raises RewardFailed.
+Runs in the generator process. Workers are long-lived, in sessions of their own, with an explicit environment; one
+that does not answer in time is killed with everything it started, and replaced. That a failure is an error with a
+reason rests on `score`: it either returns what the functions said or raises RewardFailed.
 """
 
 from __future__ import annotations
@@ -43,16 +43,28 @@ class _Worker:
 
     @classmethod
     async def start(cls) -> _Worker:
-        environment = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), "PYTHONPATH": str(REPOSITORY), "LANG": "C.UTF-8"}
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "HOME": os.environ.get("HOME", "/"),
+            "PYTHONPATH": str(REPOSITORY),
+            "LANG": "C.UTF-8",
+        }
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "actors.rewards.worker", env=environment, start_new_session=True,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-P",
+            "-m",
+            "actors.rewards.worker",
+            env=environment,
+            start_new_session=True,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
         return cls(process)
 
     async def ask(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The worker's answer. Raises RewardFailed if it ends instead."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         body = msgpack.packb(dict(call))
         try:
             self._process.stdin.write(struct.pack("<I", len(body)) + body)
@@ -95,11 +107,13 @@ class RewardPool:
         worker = await self._idle.get()
         replace = True
         try:
-            call = worker.ask({"completions": list(completions), "columns": dict(columns)})
-            answer = await asyncio.wait_for(call, self._settings.timeout_s)
+            async with asyncio.timeout(self._settings.timeout_s):
+                answer = await worker.ask({"completions": list(completions), "columns": dict(columns)})
             replace = False
         except TimeoutError:
-            raise RewardFailed(f"{worker.calling or 'scoring'} gave no answer within {self._settings.timeout_s:g} s") from None
+            raise RewardFailed(
+                f"{worker.calling or 'scoring'} gave no answer within {self._settings.timeout_s:g} s"
+            ) from None
         finally:
             self._idle.put_nowait(await self._replaced(worker) if replace else worker)
         if "failed" in answer:
@@ -122,9 +136,12 @@ class RewardPool:
         self._workers.add(worker)
         functions = [(function.use, function.weight, dict(function.args)) for function in self._settings.functions]
         try:
-            answer = await asyncio.wait_for(worker.ask({"functions": functions}), START_S)
+            async with asyncio.timeout(START_S):
+                answer = await worker.ask({"functions": functions})
         except TimeoutError:
-            raise ConfigError(f"the reward code was not loaded within {START_S:.0f} s; does importing it wait for something?") from None
+            raise ConfigError(
+                f"the reward code was not loaded within {START_S:.0f} s; does importing it wait for something?"
+            ) from None
         except RewardFailed as error:
             raise ConfigError(f"the reward code cannot be loaded: {error}") from None
         if "failed" in answer:

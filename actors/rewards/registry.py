@@ -1,10 +1,11 @@
 """Reward functions by name, and how each of the shapes that people bring is called.
 
-Runs in a reward worker. A function is a built-in name or FILE.py:NAME, in one of three shapes, told apart by its parameters:
+Runs in a reward worker. A function is a built-in name or FILE.py:NAME, in one of three shapes, told apart by its
+parameters:
 
-    (completion, answer, ...)                                      Tether's own: text in, number out
-    (completions, **columns)                                       TRL's: lists in, list out; columns as lists of equal length
-    (data_source, solution_str, ground_truth, extra_info)          verl's compute_score
+    (completion, answer, ...)                                Tether's own: text in, number out
+    (completions, **columns)                                 TRL's: lists in, list out; columns as lists of equal length
+    (data_source, solution_str, ground_truth, extra_info)    verl's compute_score
 
 A value is a number, None (no opinion), or a dict with `score`.
 """
@@ -52,7 +53,9 @@ def resolve(use: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
     return Reward(f"{Path(file).stem}:{name}", weight, _shaped(function, arguments, use))
 
 
-def _shaped(function: Callable[..., Any], arguments: Mapping[str, Any], use: str) -> Callable[[Sequence[str], Columns], Scores]:
+def _shaped(
+    function: Callable[..., Any], arguments: Mapping[str, Any], use: str
+) -> Callable[[Sequence[str], Columns], Scores]:
     parameters = inspect.signature(function).parameters
     if "completions" in parameters:
         return _per_group(function, arguments)
@@ -61,12 +64,14 @@ def _shaped(function: Callable[..., Any], arguments: Mapping[str, Any], use: str
     if "completion" in parameters:
         return _per_completion(function, arguments)
     raise ConfigError(
-        f"expected {use} to take (completion, answer), (completions, **columns) or (data_source, solution_str, ground_truth, "
-        f"extra_info), its parameters are ({', '.join(parameters)}); rename them"
+        f"expected {use} to take (completion, answer), (completions, **columns) or (data_source, solution_str, "
+        f"ground_truth, extra_info), its parameters are ({', '.join(parameters)}); rename them"
     )
 
 
-def _per_completion(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sequence[str], Columns], Scores]:
+def _per_completion(
+    function: Callable[..., Any], arguments: Mapping[str, Any]
+) -> Callable[[Sequence[str], Columns], Scores]:
     wanted = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
 
@@ -77,7 +82,9 @@ def _per_completion(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     return score
 
 
-def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sequence[str], Columns], Scores]:
+def _per_group(
+    function: Callable[..., Any], arguments: Mapping[str, Any]
+) -> Callable[[Sequence[str], Columns], Scores]:
     wanted = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
 
@@ -119,7 +126,8 @@ def _load(file: Path) -> Any:
     if not file.is_file():
         raise ConfigError(f"expected reward code in {file}, there is no such file; set rewards.functions")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,8 +1,8 @@
 """A reward worker: a process of its own that scores completions, one call after the other.
 
-Speaks length-prefixed msgpack on its first two descriptors; what reward code prints goes to stderr. Before each function it says which
-one it is about to call, so that whoever kills it at the deadline can name the culprit. It trusts reward code with nothing but its own
-process: memory is limited here, time and the process group by `pool.py`.
+Speaks length-prefixed msgpack on its first two descriptors; what reward code prints goes to stderr. Before each
+function it says which one it is about to call, so that whoever kills it at the deadline can name the culprit. It
+trusts reward code with nothing but its own process: memory is limited here, time and the process group by `pool.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> None:
             write(outgoing, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def score(rewards: list[Reward], completions: list[str], columns: dict[str, Any], outgoing: BinaryIO) -> list[list[float | None]]:
+def score(
+    rewards: list[Reward], completions: list[str], columns: dict[str, Any], outgoing: BinaryIO
+) -> list[list[float | None]]:
     """Values [functions][completions]."""
     table = []
     for reward in rewards:
