@@ -5,6 +5,7 @@ Engines are imported here and nowhere else, so that none loads another's librari
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from actors import vllm_settings
@@ -43,4 +44,4 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
         case "fake":
             from actors.fake_engine import FakeEngine
 
-            return FakeEngine(options)
+            return FakeEngine(options, vocabulary=json.loads((model / "config.json").read_text())["vocab_size"])

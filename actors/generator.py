@@ -40,9 +40,19 @@ class Running:
     """One lease that is being answered."""
 
     lease: Lease
+    epoch: int  # that it was given in; the next one counts attempts from the beginning
     task: asyncio.Task[None] | None = None
     started_at: float = field(default_factory=time.monotonic)
     tokens: int = 0  # of its finished samples
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.lease.prompt.number, self.lease.attempt
+
+    @property
+    def name(self) -> str:
+        """Prefix of its requests to the engine."""
+        return f"{self.lease.kind}-{self.epoch:x}-{self.lease.prompt.number}-{self.lease.attempt}"
 
 
 class Generator:
@@ -55,6 +65,7 @@ class Generator:
         self._running: dict[tuple[int, int], Running] = {}  # by (prompt, attempt)
         self._newest = (0, "")  # (version, digest) as the broker says
         self._leaving = asyncio.Event()
+        self._loading = False  # new weights are being put into the engine
         self._changed = asyncio.Event()  # a group ended, weights were applied, or newer ones are to be had
         self._state, self._detail, self._since = "starting", "", time.monotonic()
         self._statuses: dict[str, int] = {}
@@ -76,7 +87,7 @@ class Generator:
                 task.cancel()
 
     def leave(self) -> None:
-        """Hand every lease back and end `run`."""
+        """Drop every lease and end `run`; the session's farewell hands them back."""
         self._leaving.set()
 
     # --- Leases
@@ -88,10 +99,12 @@ class Generator:
             room = self._config.generators.max_running - sum(
                 running.lease.samples for running in self._running.values()
             )
-            if held is None or room < self._config.batch.group_size:
+            if held is None or self._loading or (self._running and room < self._config.batch.group_size):
                 self._say("generating" if self._running else "waiting for weights")
                 await self._wait_for_change()
                 continue
+            if not self._running:
+                self._say("waiting", self._detail or "a lease")
             pull = Pull(version=held.version, digest=held.digest, room=room)
             answer = await self._session.ask(pull, timeout_s=self._config.watchdog.orphan_s, what="a lease")
             if isinstance(answer, Leases):
@@ -108,38 +121,34 @@ class Generator:
         for item in answer.leases:
             tokens = answer.tokens[offset : offset + item.num_tokens]
             offset += item.num_tokens
-            running = Running(_lease(item, tokens))
-            self._running[item.number, item.attempt] = running
+            running = Running(_lease(item, tokens), self._session.epoch)
+            self._running[running.key] = running
             running.task = tasks.create_task(self._answer(running))
 
     async def _answer(self, running: Running) -> None:
         """One group: every sample is generated, scored and delivered by itself."""
         lease = running.lease
-        key = (lease.prompt.number, lease.attempt)
         try:
-            if lease.kind is LeaseKind.EVALUATE and (
-                self._engine.held is None or self._engine.held.version != lease.version
-            ):
+            if lease.kind is LeaseKind.EVALUATE and not self._serves(lease.version):
                 await self._session.ask(release(lease, "the weights have moved on", failed=False))
                 return
             samples = [self._sample(running, sample) for sample in range(lease.samples)]
             await asyncio.gather(*samples)
         except asyncio.CancelledError:
-            log.info("lease %s dropped: revoked, or this generator leaves", key)
-            if self._leaving.is_set():
-                await asyncio.shield(
-                    self._session.ask(release(lease, "the generator leaves", failed=False), timeout_s=2.0)
-                )
+            log.info("lease %s dropped: revoked, or this generator leaves", running.key)
             raise
         finally:
-            self._running.pop(key, None)
+            if self._running.get(running.key) is running:
+                del self._running[running.key]
+            if not self._running:
+                self._say("waiting", "a lease")
             self._changed.set()
 
     async def _sample(self, running: Running, sample: int) -> None:
-        lease, epoch = running.lease, self._session.epoch
+        lease, epoch = running.lease, running.epoch
         evaluating = lease.kind is LeaseKind.EVALUATE
         sampling = self._config.evaluation_params() if evaluating else self._config.sampling.params()
-        attempt = attempt_for(lease, sample, sampling, self._config.run.seed)
+        attempt = attempt_for(lease, running.name, sample, sampling, self._config.run.seed)
         try:
             completion = await single_turn(self._engine, lease, attempt)
         except RequestFailed as error:
@@ -181,19 +190,27 @@ class Generator:
             await asyncio.sleep(self._config.watchdog.heartbeat_s / 4)  # the next heartbeat brings the newest
             return
         try:
+            if self._evaluating():
+                return  # it began meanwhile, and needs the version that we hold
+            self._loading = True
             times = await self._engine.load(snapshot)
         except SnapshotError as error:
             log.info("version %d vanished before it was applied: %s", version, error)
             return
         finally:
+            self._loading = False
+            self._changed.set()
             self._source.discard(snapshot)
         self._updates += 1
         self._apply_s, self._pause_s = time.monotonic() - started, times.pause_s + times.load_s + times.resume_s
         log.info("version %d applied in %.3f s, generation paused for %.3f s", version, self._apply_s, self._pause_s)
-        self._changed.set()
 
     def _evaluating(self) -> bool:
         return any(running.lease.kind is LeaseKind.EVALUATE for running in self._running.values())
+
+    def _serves(self, version: int) -> bool:
+        """Whether every token from now on will be of this version, as long as an evaluation runs."""
+        return self._engine.held is not None and self._engine.held.version == version and not self._loading
 
     def _hinted(self, hint: VersionHint) -> None:
         self._learn_newest(hint.version, hint.digest)
@@ -220,10 +237,9 @@ class Generator:
     def _report(self, statistics: EngineStatistics) -> Beat:
         progress = self._engine.progress()
         leases = []
-        for (prompt, attempt), running in self._running.items():
-            prefix = f"{running.lease.kind}-{prompt}-{attempt}-"
-            tokens = sum(count for request, count in progress.items() if request.startswith(prefix))
-            leases.append((prompt, attempt, running.tokens + tokens))
+        for running in self._running.values():
+            tokens = sum(count for request, count in progress.items() if request.startswith(f"{running.name}-"))
+            leases.append((*running.key, running.tokens + tokens))
         held = self._engine.held
         numbers = {
             "version": float(held.version) if held else -1.0,

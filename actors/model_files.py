@@ -21,7 +21,7 @@ async def fetch_model_files(session: Session, folder: Path) -> Path:
     assert session.welcome is not None
     await asyncio.to_thread(folder.mkdir, mode=0o700)
     for name, size, digest in session.welcome.files:
-        if Path(name).name != name or size > MAX_FILE_BYTES:
+        if Path(name).name != name or name in ("", "..") or size > MAX_FILE_BYTES:
             raise ProtocolError("file", f"refusing a model file called {name!r} of {size} bytes")
         content = bytearray()
         while len(content) < size:

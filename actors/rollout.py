@@ -27,12 +27,12 @@ async def single_turn(engine: Engine, lease: Lease, attempt: Attempt) -> Complet
     return await engine.generate(attempt.request_id, lease.prompt.tokens, attempt.sampling, attempt.seed)
 
 
-def attempt_for(lease: Lease, sample: int, sampling: SamplingParams, run_seed: int) -> Attempt:
-    """What to ask the engine for.
+def attempt_for(lease: Lease, name: str, sample: int, sampling: SamplingParams, run_seed: int) -> Attempt:
+    """What to ask the engine for. `name`: of the lease, different from any that the engine may still be busy with.
 
     A repeated generation is the same generation: the lease's attempt is no part of the seed.
     """
-    request_id = f"{lease.kind}-{lease.prompt.number}-{lease.attempt}-{sample}"
+    request_id = f"{name}-{sample}"
     if lease.kind is LeaseKind.EVALUATE:
         return Attempt(request_id, sampling, None)
     return Attempt(request_id, sampling, sampling_seed(run_seed, lease.prompt.number, sample, lease.failures))

@@ -24,6 +24,13 @@ log = logging.getLogger("tether.weights")
 CHUNKS_IN_FLIGHT = 4
 
 
+def _open(folder: Path, version: int, digest: str) -> Snapshot:
+    snapshot = Snapshot.open(folder, version)
+    if snapshot.digest != digest:
+        raise SnapshotError(f"{folder} holds {snapshot.digest[:12]}, {digest[:12]} was announced")
+    return snapshot
+
+
 class SnapshotSource:
     """Fetches snapshots by version. `staging` is this process's own folder in shared memory."""
 
@@ -43,7 +50,10 @@ class SnapshotSource:
         if manifest.digest != answer.digest:
             raise SnapshotError(f"the manifest of version {version} does not match its digest {answer.digest[:12]}")
         if answer.path:
-            return await asyncio.to_thread(Snapshot.open, Path(answer.path), answer.version)
+            try:
+                return await asyncio.to_thread(_open, Path(answer.path), answer.version, manifest.digest)
+            except SnapshotError as error:  # another user's folder, perhaps; if it is gone, the pull will say so
+                log.warning("version %d cannot be read in place, pulling it instead: %s", version, error)
         return await self._pull(manifest, answer.version)
 
     def discard(self, snapshot: Snapshot) -> None:

@@ -9,6 +9,7 @@ engine core outlives its generator, on `guard_against_orphanhood`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import threading
@@ -37,9 +38,17 @@ from protocol.weights import Snapshot, SnapshotError
 
 ORPHAN_POLL_S = 0.5
 
+NEEDLESS_WARNINGS = (
+    "vllm.model_executor.model_loader.reload.layerwise",  # at every load, of layers that have nothing to be loaded
+    "vllm.v1.utils",  # at every end, because the engine core is killed without being asked
+)
+"""Loggers of vLLM that warn of what is meant to be; errors they still say."""
+
 
 def register() -> None:
     """Make the backend known to vLLM and, in a process that vLLM spawned, watch its parent. May be called again."""
+    for name in NEEDLESS_WARNINGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.suppress(ValueError):  # registered before
         WeightTransferEngineFactory.register_engine(PLUGIN, SnapshotTransferEngine)
     parent = multiprocessing.parent_process()

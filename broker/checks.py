@@ -6,8 +6,6 @@ reason of a refusal goes back to the sender and into the counters.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from protocol.messages import Result
@@ -15,6 +13,7 @@ from protocol.types import Completion, FinishReason, Trajectory, VersionSpan
 
 MAX_LOGPROB = 1e-3  # rounding may put the log of a certainty a little above 0
 MAX_MISSING_SHARE = 0.01  # of a completion's log-probabilities
+MAX_REWARD = 1e6  # beyond it a group's mean loses what tells its members apart
 
 
 def invalid_reason(result: Result, *, max_tokens: int, vocab_size: int, versions: range) -> str:
@@ -57,11 +56,8 @@ def _bad_spans(result: Result, length: int, versions: range) -> str:
 
 def _bad_reward(result: Result) -> str:
     values = [result.reward, *(value for value in result.rewards.values() if value is not None)]
-    return (
-        ""
-        if all(math.isfinite(value) and abs(value) < 1e6 for value in values)
-        else "a reward that is not a finite number"
-    )
+    bad = [value for value in values if not abs(value) <= MAX_REWARD]
+    return f"a reward of {bad[0]}, -{MAX_REWARD:g} to {MAX_REWARD:g} are allowed" if bad else ""
 
 
 def trajectory(result: Result) -> Trajectory:

@@ -70,8 +70,20 @@ def recognise(row: Row, settings: DataConfig) -> Columns:
     return Columns(prompt, answer)
 
 
+def check_prompts(rows: Sequence[Row], columns: Columns, source: str) -> None:
+    """Raises ConfigError naming the first row whose prompt is neither text nor chat messages."""
+    for number, row in enumerate(rows):
+        prompt = row.get(columns.prompt)
+        if not prompt or not (isinstance(prompt, str) or _are_messages(prompt)):
+            seen = repr(prompt)[:60] if columns.prompt in row else f"only the columns {', '.join(row)}"
+            raise ConfigError(
+                f"expected text or chat messages in column {columns.prompt} of every row, row {number} of {source} has "
+                f"{seen}; remove that row, or set data.prompt_column"
+            )
+
+
 def columns_for_rewards(row: Row, columns: Columns) -> Row:
-    """Every column but the prompt; the reference answer also under the name `answer`."""
+    """Every column but the prompt, as plain JSON; the reference answer also under the name `answer`."""
     seen = {name: value for name, value in row.items() if name != columns.prompt}
     answer = row.get(columns.answer)
     if isinstance(answer, dict) and "ground_truth" in answer:  # verl's reward_model
@@ -79,7 +91,14 @@ def columns_for_rewards(row: Row, columns: Columns) -> Row:
         answer = answer["ground_truth"]
     if answer is not None:
         seen.setdefault("answer", answer)
-    return seen
+    return dict(json.loads(json.dumps(seen, default=str)))  # parquet has dates, the Hub has images
+
+
+def _are_messages(value: Any) -> bool:
+    """Chat messages with something to answer."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
+        return False
+    return bool(value[0]["role"] != "assistant")
 
 
 def _files_of_split(folder: Path, evaluation: bool) -> list[Path]:
@@ -97,7 +116,8 @@ def _files_of_split(folder: Path, evaluation: bool) -> list[Path]:
 def _read_file(path: Path) -> list[Row]:
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut inside texts, at U+2028
+            return _listed([json.loads(line) for line in lines if line.strip()], path)
         if path.suffix == ".json":
             return _listed(json.loads(path.read_text(encoding="utf-8")), path)
         if path.suffix == ".csv":
@@ -113,9 +133,10 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _listed(value: Any, path: Path) -> list[Row]:
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ConfigError(f"expected a list of objects in {path}, got {type(value).__name__}; one object per row")
-    return value
+    odd = value if not isinstance(value, list) else next((row for row in value if not isinstance(row, dict)), None)
+    if odd is not None:
+        raise ConfigError(f"expected one object per row in {path}, got {type(odd).__name__}; see data.train")
+    return list(value)
 
 
 def _from_hub(source: str, evaluation: bool) -> list[Row]:

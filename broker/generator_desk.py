@@ -7,7 +7,9 @@ decision; this desk checks what a peer claims before the scheduler sees it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
+import msgpack
 import numpy as np
 
 from broker.checks import invalid_reason, trajectory
@@ -18,6 +20,7 @@ from broker.outcome import Later
 from broker.peers import Peer
 from broker.prompts import TooLong
 from broker.run_state import RunState
+from broker.scheduler import Scheduler
 from protocol.errors import ProtocolError
 from protocol.messages import (
     Bytes,
@@ -41,6 +44,8 @@ from protocol.weights import SnapshotError
 log = logging.getLogger("tether.broker")
 
 FILE_PART_BYTES = 4 << 20
+MAX_LEASES = 256  # of one answer: what `Leases` may carry
+LEASES_BYTES = 4 << 20  # likewise; half of the codec's limit
 AT_ONCE = {Refusal.NEWER_VERSION, Refusal.UNKNOWN_VERSION, Refusal.TOO_OLD}  # the asker can do something about it now
 
 
@@ -61,20 +66,37 @@ class GeneratorDesk:
 
         if run.draining or run.verdict:
             return Later(wait("the run ends"))
-        known = run.shelf.version(message.version)
-        if known is None or known.digest != message.digest:
+        if not message.digest or run.shelf.digest(message.version) != message.digest:
             return wait(Refusal.UNKNOWN_VERSION.value)
         newer = newest.version > message.version
-        answer = run.scheduler.pull(peer.id, message.version, message.room, now, newer_available=newer)
+        room = min(message.room, MAX_LEASES)
+        answer = run.scheduler.pull(peer.id, message.version, room, now, newer_available=newer)
         if isinstance(answer, NoLease):
             said = wait(answer.reason.value)
             return said if answer.reason in AT_ONCE and newer else Later(said)
-        items = [item for grant in answer if (item := self._lease(grant)) is not None]
+        items = self._items(answer)
         if not items:
             return Later(wait("prompts were skipped"))
         run.changed = True
         tokens = np.concatenate([prompt.tokens for _, prompt in items]).astype(np.int32)
         return Leases(leases=[item for item, _ in items], tokens=tokens)
+
+    def undelivered(self, leases: Leases) -> None:
+        """Its asker is gone, so it cannot have crashed of these prompts: they go to somebody else."""
+        for item in leases.leases:
+            self._run.scheduler_now().released(item.attempt)
+        self._run.changed = True
+
+    def renew(self, peer: Peer, leases: Sequence[tuple[int, int, int]], now: float) -> list[tuple[int, int]]:
+        """Keeps the leases (prompt, attempt, tokens) of a heartbeat; returns those that are not the sender's."""
+        scheduler = self._run.scheduler
+        return [
+            (prompt, attempt)
+            for prompt, attempt, num_tokens in leases
+            if scheduler is None
+            or not self._holds(peer, attempt, prompt)
+            or not scheduler.renew(attempt, num_tokens, now)
+        ]
 
     def release(self, peer: Peer, message: Release, now: float) -> Done:
         scheduler = self._run.scheduler_now()
@@ -84,6 +106,7 @@ class GeneratorDesk:
             else:
                 scheduler.released(message.attempt)
             self._run.changed = True
+            self.settle(now)
         return Done()
 
     def result(self, peer: Peer, message: Result, now: float) -> Verdict:
@@ -94,9 +117,14 @@ class GeneratorDesk:
             run.progress_at = now
             run.num_errors += bool(message.error)
         run.changed = True
-        self._write_quarantined()
-        self._finish_evaluation(now)
+        self.settle(now)
         return verdict
+
+    def settle(self, now: float) -> None:
+        """Write down what the last events decided: prompts that are given up, an evaluation that is complete."""
+        if self._run.scheduler is not None:
+            self._write_quarantined(self._run.scheduler)
+            self._finish_evaluation(self._run.scheduler, now)
 
     def manifest(self, peer: Peer, message: FetchManifest) -> ManifestAnswer:
         shelved = self._run.shelf.version(message.version)
@@ -110,7 +138,7 @@ class GeneratorDesk:
     def chunk(self, message: FetchChunk) -> Bytes:
         try:
             return Bytes(data=self._run.shelf.chunk(message.digest, message.index))
-        except (SnapshotError, StopIteration) as error:
+        except SnapshotError as error:
             raise ProtocolError("chunk", f"snapshot {message.digest[:12]} is not to be had any more: {error}") from None
 
     def file(self, message: FetchFile) -> Bytes:
@@ -122,14 +150,15 @@ class GeneratorDesk:
             return Bytes(data=np.frombuffer(file.read(FILE_PART_BYTES), np.uint8))
 
     def _judge(self, peer: Peer, message: Result, now: float) -> Verdict:
-        run, scheduler = self._run, self._run.scheduler_now()
+        run, config = self._run, self._run.config
         if message.epoch != run.epoch:
             return Verdict(status=Status.STALE_EPOCH, reason="the broker was restored since this lease was given")
+        scheduler = run.scheduler_now()
         lease = scheduler.leases.find(message.attempt)
-        if lease is None or lease.holder != peer.id:
+        if lease is None or not self._holds(peer, message.attempt, message.prompt):
             return Verdict(status=Status.LATE, reason="this lease is not yours any more")
-        config = run.config
-        sampling = config.evaluation_params() if message.evaluation else config.sampling.params()
+        evaluating = lease.grant.kind is LeaseKind.EVALUATE
+        sampling = config.evaluation_params() if evaluating else config.sampling.params()
         reason = invalid_reason(
             message,
             max_tokens=sampling.max_tokens,
@@ -144,6 +173,22 @@ class GeneratorDesk:
             answer = Trajectory(message.prompt, message.attempt, message.sample, None, error=f"invalid: {reason}")
         status = scheduler.finished(answer, now)
         return Verdict(status=Status.INVALID.value if reason else status.value, reason=reason)
+
+    def _items(self, grants: Sequence[Grant]) -> list[tuple[LeaseItem, Prompt]]:
+        """What one answer can carry of them; the others are free again, for the next pull."""
+        items: list[tuple[LeaseItem, Prompt]] = []
+        num_bytes = 0
+        for index, grant in enumerate(grants):
+            leased = self._lease(grant)
+            if leased is None:
+                continue
+            num_bytes += 4 * leased[0].num_tokens + len(msgpack.packb(leased[0].columns))
+            if items and num_bytes > LEASES_BYTES:
+                for rest in reversed(grants[index:]):  # each goes to the front of its queue
+                    self._run.scheduler_now().released(rest.attempt)
+                break
+            items.append(leased)
+        return items
 
     def _lease(self, grant: Grant) -> tuple[LeaseItem, Prompt] | None:
         """The wire's form of a grant; None when its prompt cannot be used, which the ledger then says."""
@@ -171,15 +216,14 @@ class GeneratorDesk:
         lease = self._run.scheduler_now().leases.find(attempt)
         return lease is not None and lease.holder == peer.id and lease.grant.prompt == number
 
-    def _write_quarantined(self) -> None:
-        scheduler = self._run.scheduler_now()
+    def _write_quarantined(self, scheduler: Scheduler) -> None:
         for number, reason in scheduler.quarantined:
             log.error("prompt %d is quarantined: %s", number, reason)
             self._run.write_line("quarantine.jsonl", {"prompt": number, "reason": reason})
         scheduler.quarantined.clear()
 
-    def _finish_evaluation(self, now: float) -> None:
-        run = self._run
-        answered = run.scheduler_now().take_evaluation()
+    def _finish_evaluation(self, scheduler: Scheduler, now: float) -> None:
+        answered = scheduler.take_evaluation()
         if answered is not None:
-            run.evaluations.append(evaluation_summary(run, answered, now))
+            self._run.evaluations.append(evaluation_summary(self._run, answered, now))
+            self._run.changed = True

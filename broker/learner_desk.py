@@ -16,7 +16,20 @@ from broker.outcome import Later
 from broker.run_state import RunState
 from broker.shares import cut_shares
 from protocol.errors import ProtocolError
-from protocol.messages import Advance, Done, Evaluate, Finished, Publish, Role, SharePage, Take, VersionHint, Wait
+from protocol.messages import (
+    MAX_NAME,
+    MAX_TEXT,
+    Advance,
+    Done,
+    Evaluate,
+    Finished,
+    Publish,
+    Role,
+    SharePage,
+    Take,
+    VersionHint,
+    Wait,
+)
 from protocol.shares import split_pages
 from protocol.types import Group, Prompt
 from protocol.weights import SnapshotError
@@ -31,7 +44,9 @@ class LearnerDesk:
         self._run = run
 
     def take(self, question: Take, now: float) -> SharePage | Finished | Later:
-        run, scheduler = self._run, self._run.scheduler_now()
+        run, scheduler = self._run, self._run.scheduler
+        if scheduler is None:
+            return Later(Wait(reason="rank 0 of the learner has not said hello yet"))
         if question.num_ranks != run.num_ranks or question.rank >= run.num_ranks:
             raise ProtocolError(
                 "ranks", f"rank {question.rank} of {question.num_ranks} asks, the learner has {run.num_ranks} ranks"
@@ -39,13 +54,13 @@ class LearnerDesk:
         pages = run.pages.get((question.step, question.rank))
         if pages is None:
             if run.verdict or scheduler.verdict:
-                return Finished(kind="verdict", reason=run.verdict or scheduler.verdict)
+                return Finished(kind="verdict", reason=(run.verdict or scheduler.verdict)[:MAX_TEXT])
             if scheduler.done:
                 return Finished(kind="complete")
             if run.draining:
                 return Finished(kind="drained", reason=run.draining)
             if question.step != scheduler.next_step or not scheduler.ready:
-                return Later(Wait(reason=self._waits_for(question)))
+                return Later(Wait(reason=self._waits_for(question)[:MAX_NAME]))
             self._cut(now)
             pages = run.pages[question.step, question.rank]
         if question.page >= len(pages):
@@ -60,6 +75,7 @@ class LearnerDesk:
         except (SnapshotError, ValueError) as error:
             raise ProtocolError("manifest", str(error)) from None
         self._announce()
+        self._run.progress_at = now
         self._run.changed = True
         return Done()
 
@@ -87,8 +103,11 @@ class LearnerDesk:
         return Done()
 
     def start_evaluation(self, now: float) -> None:
+        """One that was asked for, or the last one: after the last step, which may come sooner than anybody counted."""
         run, scheduler = self._run, self._run.scheduler
-        if run.evaluation_wanted and scheduler is not None and scheduler.evaluation is None:
+        if scheduler is None or scheduler.evaluation is not None:
+            return
+        if run.evaluation_wanted or (scheduler.trained_out and not scheduler.done):
             run.evaluation_wanted = False
             if scheduler.evaluated_version != scheduler.version:
                 scheduler.evaluate(range(len(run.source.evaluation)), samples=1)

@@ -6,11 +6,16 @@ message: knowing another's session number gives nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.messages import Beat, Hello, Role
+
+MAX_PEERS = 4096  # sessions at a time
+REMEMBERED_NAMES = 4096
+REMEMBERED_INCARNATIONS = 8  # of each name
 
 
 @dataclass(eq=False)
@@ -62,6 +67,10 @@ class Peers:
 
     def __init__(self) -> None:
         self._by_session: dict[int, Peer] = {}
+        self._incarnations: OrderedDict[tuple[Role, str], deque[int]] = OrderedDict()  # by name, newest last
+
+    def __len__(self) -> int:
+        return len(self._by_session)
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._by_session.values()))
@@ -76,7 +85,18 @@ class Peers:
         role = Role(hello.role)
         peer = Peer(session, key, role, hello.name, hello.incarnation, hello.host, hello.rank, now, state_since=now)
         self._by_session[session] = peer
+        seen = self._incarnations.setdefault((role, hello.name), deque(maxlen=REMEMBERED_INCARNATIONS))
+        if hello.incarnation not in seen:
+            seen.append(hello.incarnation)
+        self._incarnations.move_to_end((role, hello.name))
+        if len(self._incarnations) > REMEMBERED_NAMES:
+            self._incarnations.popitem(last=False)
         return peer
+
+    def is_replaced(self, hello: Hello) -> bool:
+        """Whether a newer process has taken this one's name."""
+        seen = self._incarnations.get((Role(hello.role), hello.name))
+        return seen is not None and hello.incarnation in seen and hello.incarnation != seen[-1]
 
     def forget(self, peer: Peer) -> None:
         self._by_session.pop(peer.session, None)

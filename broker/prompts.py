@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from broker.dataset import Columns, Row, columns_for_rewards, load_rows, recognise
+from broker.dataset import Columns, Row, check_prompts, columns_for_rewards, load_rows, recognise
 from broker.tokenizer import ChatTokenizer
 from protocol.config import Config
 from protocol.errors import ConfigError
@@ -39,16 +39,15 @@ class PromptSource:
 
     def __init__(self, config: Config, tokenizer: ChatTokenizer) -> None:
         self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
+        self._warmup_data = config.warmup.data
         rows = load_rows(config.data.train, evaluation=False)
         self._rows = rows[: config.data.max_rows] if config.data.max_rows else rows
         self._columns = recognise(self._rows[0], config.data)
+        check_prompts(self._rows, self._columns, config.data.train)
         self._system = _text_or_file(config.data.system)
         self._cached = lru_cache(CACHED_PROMPTS)(self._make)
         self._check_first_rows()
-        held_out = load_rows(
-            config.data.eval or config.data.train, evaluation=not config.data.eval or Path(config.data.eval).is_dir()
-        )
-        self.evaluation = self._held_out(held_out, config) if config.evaluation.every else []
+        self.evaluation = self._held_out(config) if config.evaluation.every else []
         log.info(
             "%d rows from %s: prompt <- %s, answer <- %s; %d held-out prompts",
             len(self._rows),
@@ -70,10 +69,13 @@ class PromptSource:
         return self._tokenizer.decode(tokens)
 
     def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
-        """(prompt, answer) tokens of every training row that has a plain text answer and fits, for the warm start."""
-        for row in self._rows:
-            answer = row.get(self._columns.answer)
-            tokens = self._tokenize(row, self._columns)
+        """(prompt, answer) tokens of every row for the warm start that has a plain text answer and fits."""
+        rows = load_rows(self._warmup_data, evaluation=False) if self._warmup_data else self._rows
+        columns = recognise(rows[0], self._settings) if self._warmup_data else self._columns
+        check_prompts(rows, columns, self._warmup_data or self._settings.train)
+        for row in rows:
+            answer = row.get(columns.answer)
+            tokens = self._tokenize(row, columns)
             if isinstance(answer, str) and len(tokens) <= self._settings.max_prompt_tokens:
                 yield tokens, self._tokenizer.encode_answer(answer)
 
@@ -96,21 +98,20 @@ class PromptSource:
             if not self._tokenizer.has_chat_template:
                 return self._tokenizer.encode(f"{self._system}\n{text}" if self._system else text)
             messages: list[Mapping[str, Any]] = [{"role": "user", "content": text}]
-        elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
-            messages = list(prompt[:-1]) if prompt[-1].get("role") == "assistant" else list(prompt)
         else:
-            raise ConfigError(
-                f"expected text or chat messages in column {columns.prompt}, got {type(prompt).__name__}; "
-                "set data.prompt_column"
-            )
+            messages = list(prompt[:-1]) if prompt[-1].get("role") == "assistant" else list(prompt)
         if self._system and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self._system})
         return self._tokenizer.encode_chat(messages)
 
-    def _held_out(self, rows: list[Row], config: Config) -> list[Prompt]:
-        """The first prompts that fit, numbered by their place here."""
-        found: list[Prompt] = []
+    def _held_out(self, config: Config) -> list[Prompt]:
+        """The first prompts that fit, numbered by their place here. A single training file holds nothing out."""
+        source = config.data.eval or config.data.train
+        held_out = config.data.eval or not Path(source).is_file()
+        rows = load_rows(source, evaluation=True) if held_out else []
         columns = recognise(rows[0], config.data) if rows else self._columns
+        check_prompts(rows, columns, source)
+        found: list[Prompt] = []
         for number, row in enumerate(rows):
             tokens = self._tokenize(row, columns)
             if len(tokens) <= config.data.max_prompt_tokens:
@@ -120,7 +121,8 @@ class PromptSource:
         if not found:
             raise ConfigError(
                 f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "
-                f"{config.data.train} has no test split; set data.eval, or evaluation.every=0"
+                f"{source} has no test split, or none with prompts up to {config.data.max_prompt_tokens} tokens; "
+                "set data.eval, or evaluation.every=0"
             )
         return found
 
@@ -129,7 +131,8 @@ class PromptSource:
         if min(lengths) > self._settings.max_prompt_tokens:
             raise ConfigError(
                 f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, "
-                f"data.max_prompt_tokens is {self._settings.max_prompt_tokens}: nothing would be trained; raise data.max_prompt_tokens"
+                f"data.max_prompt_tokens is {self._settings.max_prompt_tokens}: nothing would be trained; raise "
+                "data.max_prompt_tokens"
             )
 
 

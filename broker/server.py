@@ -41,6 +41,7 @@ class Handler(Protocol):
     def handle(
         self, message: Message, header: Header, key: str, role: Role, route: bytes, now: float
     ) -> Message | Later: ...
+    def undelivered(self, answer: Message) -> None: ...
     def tick(self, now: float) -> None: ...
     def take_hints(self) -> list[tuple[bytes, VersionHint]]: ...
 
@@ -77,7 +78,7 @@ class Server:
         for socket in (self._control, self._bulk):
             poller.register(socket, zmq.POLLIN)
         while not self._stopping:
-            ready = dict(poller.poll(int(TICK_S * 1000)))
+            ready = dict(poller.poll(0 if self._service.changed else int(TICK_S * 1000)))
             for socket in (self._control, self._bulk):
                 if socket in ready:
                     self._drain(socket)
@@ -106,22 +107,28 @@ class Server:
             kind = type(frames.message)
             if kind.roles is None or role not in kind.roles:
                 raise ProtocolError("role", f"a {role} may not send {kind.__name__}")
-            self._answer(Question(socket, route, key, role, frames, time.monotonic()))
         except ProtocolError as error:
             self._refuse(socket, route, sequence, error)
-        except Exception as error:  # one message's failure is its sender's; a bug of ours must not take the run down
-            log.exception("a message of %s could not be handled", route.hex())
-            self._refuse(
-                socket, route, sequence, ProtocolError("internal", f"{type(error).__name__} in the broker; see its log")
-            )
-
-    def _answer(self, question: Question) -> None:
-        message, header = question.frames.message, question.frames.header
-        answer = self._service.handle(message, header, question.key, question.role, question.route, time.monotonic())
-        if isinstance(answer, Later):
-            self._parked[type(message).__name__, header.session] = question
         else:
-            self._send(question, answer)
+            self._answer(Question(socket, route, key, role, frames, time.monotonic()), overdue=False)
+
+    def _answer(self, question: Question, overdue: bool) -> None:
+        """Answer, refuse or park a question; one that is overdue is not parked again."""
+        socket, route, (header, message) = question.socket, question.route, question.frames
+        try:
+            answer = self._service.handle(message, header, question.key, question.role, route, time.monotonic())
+            if not isinstance(answer, Later):
+                self._send(question, answer)
+            elif overdue:
+                self._send(question, answer.wait)
+            else:
+                self._parked[type(message).__name__, header.session] = question
+        except ProtocolError as error:
+            self._refuse(socket, route, header.sequence, error)
+        except Exception as error:  # one message's failure is its sender's; a bug of ours must not take the run down
+            log.exception("a %s of %s could not be handled", type(message).__name__, route.hex())
+            text = f"{type(error).__name__} in the broker; see its log"
+            self._refuse(socket, route, header.sequence, ProtocolError("internal", text))
 
     def _retry_parked(self) -> None:
         """Ask again what could not be answered, when something changed or time is up."""
@@ -129,19 +136,9 @@ class Server:
         self._service.changed = False
         for place, question in list(self._parked.items()):
             overdue = now - question.asked_at >= PARK_S
-            if not (changed or overdue):
-                continue
-            del self._parked[place]
-            try:
-                message, header = question.frames.message, question.frames.header
-                answer = self._service.handle(message, header, question.key, question.role, question.route, now)
-            except ProtocolError as error:
-                self._refuse(question.socket, question.route, question.frames.header.sequence, error)
-                continue
-            if isinstance(answer, Later) and not overdue:
-                self._parked[place] = question
-            else:
-                self._send(question, answer.wait if isinstance(answer, Later) else answer)
+            if changed or overdue:
+                del self._parked[place]
+                self._answer(question, overdue)
 
     def _push_hints(self) -> None:
         for route, hint in self._service.take_hints():
@@ -149,7 +146,8 @@ class Server:
 
     def _send(self, question: Question, answer: Message) -> None:
         header = Header(self._service.epoch, question.frames.header.session, question.frames.header.sequence)
-        self._transmit(question.socket, question.route, answer, header)
+        if not self._transmit(question.socket, question.route, answer, header):
+            self._service.undelivered(answer)
 
     def _refuse(self, socket: zmq.Socket[Any], route: bytes, sequence: int, error: ProtocolError) -> None:
         self.refused[error.code] += 1
@@ -158,8 +156,11 @@ class Server:
         refusal = Refused(code=error.code[:100], text=error.text[:2000])
         self._transmit(socket, route, refusal, Header(self._service.epoch, 0, sequence))
 
-    def _transmit(self, socket: zmq.Socket[Any], route: bytes, message: Message, header: Header) -> None:
+    def _transmit(self, socket: zmq.Socket[Any], route: bytes, message: Message, header: Header) -> bool:
+        """Whether it is on its way; if not, the peer left or does not read, and asks again if it lives."""
         try:
             socket.send_multipart([route, *encode(message, header)], zmq.NOBLOCK, copy=False)
+            return True
         except zmq.ZMQError:
-            self.refused["unreachable"] += 1  # the peer left or does not read; it asks again
+            self.refused["unreachable"] += 1
+            return False

@@ -15,7 +15,7 @@ from typing import Any
 from broker.generator_desk import GeneratorDesk
 from broker.learner_desk import LearnerDesk
 from broker.outcome import Later
-from broker.peers import Peer
+from broker.peers import MAX_PEERS, Peer
 from broker.run_state import RunState
 from broker.watchdog import Watchdog
 from protocol.codec import Header
@@ -32,6 +32,7 @@ from protocol.messages import (
     FetchFile,
     FetchManifest,
     Hello,
+    Leases,
     Message,
     Publish,
     Pull,
@@ -86,6 +87,7 @@ class Service:
         for peer in run.peers.silent(now, run.config.watchdog.lease_ttl_s):
             log.warning("%s has been silent for %.0f s: its session ends", peer.name, now - peer.seen_at)
             self._lose(peer, crashed=True)
+        self._generators.settle(now)
         self._learner.start_evaluation(now)
         self._watchdog.look(now)
 
@@ -140,6 +142,11 @@ class Service:
                 return Done()
         raise ProtocolError("type", f"{type(message).__name__} is no question")
 
+    def undelivered(self, answer: Message) -> None:
+        """An answer did not reach its asker; what it hands out must not stay with the dead."""
+        if isinstance(answer, Leases):
+            self._generators.undelivered(answer)
+
     def status(self, now: float) -> dict[str, Any]:
         """Who waits for what since when: what the console and tools/status.py show."""
         run, scheduler = self._run, self._run.scheduler
@@ -187,8 +194,10 @@ class Service:
                 "rewards",
                 f"{hello.name} would score with other reward code than the run; give it the same files with --reward",
             )
-        for old in run.peers.named(role, hello.name):
-            self._lose(old, crashed=old.incarnation != hello.incarnation)
+        if role is not Role.STATUS:
+            self._take_over(role, hello)
+        if len(run.peers) >= MAX_PEERS:
+            raise ProtocolError("full", f"{MAX_PEERS} processes are connected, which is the limit")
         if role is Role.LEARNER and hello.rank == 0:
             self._meet_learner(hello, now)
         peer = run.peers.admit(secrets.randbits(62) | 1, key, hello, now)
@@ -207,6 +216,19 @@ class Service:
             num_steps=run.num_steps,
         )
 
+    def _take_over(self, role: Role, hello: Hello) -> None:
+        """A process that is restarted, or connects anew, takes the place of the one before.
+
+        The one before may still live: were it let in again, the two would take turns and get nothing done.
+        """
+        peers = self._run.peers
+        if peers.is_replaced(hello):
+            raise ProtocolError(
+                "replaced", f"another process called {hello.name} has taken this one's place; give each its own --name"
+            )
+        for old in peers.named(role, hello.name):
+            self._lose(old, crashed=old.incarnation != hello.incarnation)
+
     def _meet_learner(self, hello: Hello, now: float) -> None:
         """A learner we do not know brings the truth with it; one that only reconnects finds everything as it was."""
         run = self._run
@@ -217,19 +239,12 @@ class Service:
     def _beat(self, peer: Peer, beat: Beat, now: float) -> BeatAnswer:
         run = self._run
         peer.beats(beat, now)
-        revoked = []
-        if peer.role is Role.GENERATOR and run.scheduler is not None:
-            revoked = [
-                (prompt, attempt)
-                for prompt, attempt, tokens in beat.leases
-                if not run.scheduler.renew(attempt, tokens, now)
-            ]
         newest = run.announced
         first = peer.role is Role.LEARNER and peer.rank == 0
         return BeatAnswer(
             version=newest.version if newest else 0,
             digest=newest.digest if newest else "",
-            revoked=revoked,
+            revoked=self._generators.renew(peer, beat.leases, now),
             draining=bool(run.draining),
             evaluations=run.evaluations[beat.evaluations_seen :] if first else [],
         )

@@ -17,8 +17,8 @@ def is_waiting(state: str) -> bool:
     return state.startswith(WAITING_STATES) and state != "waiting_for_ranks"
 
 
-def bottleneck(waiting: Mapping[str, float], config: Config) -> str:
-    """One sentence, from the share of its recent time that each process waited."""
+def bottleneck(waiting: Mapping[str, float], config: Config, cores: int) -> str:
+    """One sentence, from the share of its recent time that each process waited. `cores`: here; 0: not known."""
     learner = waiting.get("learner-0")
     generators = [share for name, share in waiting.items() if name.startswith("generator")]
     if learner is None or not generators:
@@ -29,12 +29,11 @@ def bottleneck(waiting: Mapping[str, float], config: Config) -> str:
         return f"none ({seen})"
     if config.staleness.max == 0 and learner >= NOTICEABLE and idle >= NOTICEABLE:
         return f"the synchronous algorithm ({seen}) -> try --max-staleness 1"
+    on_cpu, count = config.run.device == "cpu", config.generators.count
     if learner > idle:
-        return f"generation ({seen}) -> try --generators {config.generators.count + 1}"
-    on_cards = config.run.device != "cpu"
-    more = (
-        f"--learner-gpus {config.learner.ranks + 1}"
-        if on_cards
-        else f"--generators {max(1, config.generators.count - 1)}"
-    )
-    return f"the learner ({seen}) -> try {more}"
+        if on_cpu and cores and config.learner.ranks + count >= cores:
+            return f"generation ({seen}); all {cores} cores are in use"
+        return f"generation ({seen}) -> try --generators {count + 1}"
+    if not on_cpu:
+        return f"the learner ({seen}) -> try --learner-gpus {config.learner.ranks + 1}"
+    return f"the learner ({seen})" + (f" -> try --generators {count - 1}" if count > 1 else "")

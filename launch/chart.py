@@ -27,7 +27,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def chart(xs: Sequence[float], ys: Sequence[float], width: int, height: int) -> list[str]:
     """The curve through the points in braille dots: `height` lines, the scale on the left, the x range below."""
     low, high = min(ys), max(ys)
-    labels = [f"{high:.3g}", *[""] * (height - 2), f"{low:.3g}"] if height > 1 else [f"{high:.3g}"]
+    labels = [""] * height
+    labels[0], labels[-1] = f"{high:.3g}", f"{low:.3g}"
+    if high == low:
+        labels[0] = labels[-1] = ""
+        labels[height // 2] = f"{high:.3g}"
     margin = max(len(label) for label in labels)
     cells = [[0] * max(1, width - margin - 2) for _ in range(height)]
     columns, rows = len(cells[0]) * 2, height * 4

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -32,6 +33,7 @@ from launch.flags import CommandLine, parse
 from launch.make import make
 from launch.plan import Devices, Paths, Plan, implied_settings, plan
 from launch.run_folder import RunFolder, choose_addresses, free_ports, newest_run
+from launch.status_file import StatusFile
 from launch.summary import summary
 from launch.supervisor import Supervisor, Verdict
 from protocol.errors import ConfigError, Exit, TetherError
@@ -39,6 +41,8 @@ from protocol.setting_names import known_keys, nearest
 from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DEFAULT_RECIPE = "gsm8k"
+"""Of a command that names neither a model nor data."""
 RECIPES = REPOSITORY / "launch" / "recipes"
 TICK_S = 0.1
 DRAW_EVERY = 4  # ticks
@@ -83,8 +87,13 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
 async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: Mapping[str, str]) -> Verdict:
     """Start everything and stay with it until nothing is left; then say how it ended and what came of it."""
     config, screen = settings.config, open_screen()
-    console = Console(config, run_dir, screen)
-    broker = BrokerLine(run_dir, "cluster", console.answered)
+    console, status = Console(config, run_dir, screen), StatusFile(run_dir)
+
+    def answered(answer: Mapping[str, Any]) -> None:
+        console.answered(answer)
+        status.answered(answer, supervisor.processes())
+
+    broker = BrokerLine(run_dir, "cluster", answered)
     supervisor = Supervisor(
         planned, run_dir / "logs", environ, config.run.drain_s, config.generators.restarts, broker.drain, console.tell
     )
@@ -109,6 +118,7 @@ async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: 
         with contextlib.suppress(asyncio.CancelledError):
             await following
         await broker.close()
+    status.ended(verdict, supervisor.processes())
     for line in ["", *summary(run_dir, screen.width), *_last_words(verdict, run_dir)]:
         print(line)
     return verdict
@@ -128,9 +138,10 @@ def _settings(command: CommandLine, environ: Mapping[str, str]) -> tuple[Setting
         )
         saved = read_saved(run_dir / "config.yaml") if run_dir.is_dir() else []
         return _absolute(build(saved, outer)), run_dir.resolve(), ""
-    recipe = read_recipe(find_recipe(command.recipe)) if command.recipe else None
+    wanted = command.recipe or ("" if {value.key for value in outer} & {"model.path", "data.train"} else DEFAULT_RECIPE)
+    recipe = read_recipe(find_recipe(wanted)) if wanted else None
     settings = _absolute(build(recipe.values if recipe else [], outer))
-    label = Path(command.recipe).stem if command.recipe else "run"
+    label = Path(wanted).stem if wanted else "run"
     name = settings.config.run.name or f"{label}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(settings.config.run.out, name).resolve()
     if not settings.config.run.name:
@@ -153,11 +164,20 @@ def find_recipe(name: str) -> Path:
 
 def _absolute(settings: Settings) -> Settings:
     """The same, with files named from the root: the run may be continued from another folder."""
-    keys = ("model.path", "data.train", "data.eval", "data.system")
+    keys = ("model.path", "data.train", "data.eval", "data.system", "warmup.data")
     values = [
-        value for value in settings.values.values() if value.key in keys and value.value and Path(value.value).exists()
+        value._replace(value=str(Path(value.value).resolve()))
+        for value in settings.values.values()
+        if value.key in keys and value.value and Path(value.value).exists()
     ]
-    return settings.override([value._replace(value=str(Path(value.value).resolve())) for value in values])
+    if "rewards.functions" in settings.values:
+        functions = [function.model_dump() for function in settings.config.rewards.functions]
+        for function in functions:
+            file, colon, name = function["use"].partition(":")
+            if colon and Path(file).is_file():
+                function["use"] = f"{Path(file).resolve()}:{name}"
+        values.append(settings.values["rewards.functions"]._replace(value=functions))
+    return settings.override(values)
 
 
 def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from launch.bottleneck import is_waiting
 from launch.chart import printable
+from launch.devices import num_cores
 from launch.frames import evaluation_line, frame, stamp, step_line, waiting_line, warmup_line
 from launch.history import History
 from launch.picture import Picture
@@ -43,6 +44,7 @@ class Console:
         self._rates: dict[str, float] = {}
         self._tokens: dict[str, tuple[float, float]] = {}  # by generator: (when, tokens so far)
         self._waits: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=RECENT_ANSWERS))
+        self._met: set[str] = set()
         self._printed_steps = self._printed_evaluations = self._printed_warmup = 0
         self._last_line_at = self._last_step_at = time.monotonic()
         self._history.read()  # what an earlier attempt has written is not news
@@ -57,7 +59,9 @@ class Console:
         now = time.monotonic()
         self._status = status
         for process in status.get("processes", ()):
-            self._waits[process["name"]].append(is_waiting(process["state"]))
+            self._met.add(process["name"])
+            if self._history.steps:  # before the first one, everybody waits for everybody's start
+                self._waits[process["name"]].append(is_waiting(process["state"]))
             tokens = process["numbers"].get("generated_tokens")
             if tokens is not None:
                 then, before = self._tokens.get(process["name"], (now, tokens))
@@ -119,9 +123,15 @@ class Console:
             status=self._status,
             rates=self._rates,
             waiting={name: sum(seen) / len(seen) for name, seen in self._waits.items() if len(seen) >= FEW_ANSWERS},
-            met=frozenset(self._waits),
-            run_dir=str(self._run_dir),
+            met=frozenset(self._met),
+            run_dir=_from_here(self._run_dir),
+            cores=num_cores(),
         )
+
+
+def _from_here(path: Path) -> str:
+    """The shortest name of a folder that can be typed where this command was typed."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def open_screen() -> Screen:

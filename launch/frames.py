@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console as Screen
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +29,9 @@ from launch.picture import (
     steps_done,
 )
 
+ALWAYS_SHOWN = ("offered", "queued", "leased", "finished", "trained")
+"""What may have become of a prompt; "filtered" and "failed" are shown when there are any."""
+
 
 def frame(picture: Picture) -> RenderableType:
     """The live view of a terminal."""
@@ -32,11 +39,11 @@ def frame(picture: Picture) -> RenderableType:
     if picture.warmup and not picture.steps:
         lines.append(_line(_warm_start(picture)))
     if picture.steps:
-        lines += [_line(text) for text in (_curves(picture), _staleness(picture)) if text]
+        lines += [_Parts(parts) for parts in (_curves(picture), _staleness(picture)) if parts]
     if picture.status.get("ledger"):
-        lines.append(_line(_ledger(picture.status["ledger"]), "dim"))
+        lines.append(_Parts(_ledger(picture.status["ledger"]), "dim"))
     lines.append(_table(picture))
-    lines.append(_line(f"bottleneck: {bottleneck(picture.waiting, picture.config)}"))
+    lines.append(_line(f"bottleneck: {bottleneck(picture.waiting, picture.config, picture.cores)}"))
     lines.append(_line(f"logs: {picture.run_dir}/logs   curves: tensorboard --logdir {picture.run_dir}", "dim"))
     return Group(*lines)
 
@@ -46,7 +53,7 @@ def step_line(row: Row, picture: Picture) -> str:
     parts = [f"step {row['step'] + 1}/{num_steps(picture) or '?'}"]
     named = (
         ("reward", "reward/mean", "{:.3f}"),
-        ("kl", "policy/kl", "{:.4f}"),
+        ("kl", "policy/kl", "{:z.4f}"),
         ("entropy", "policy/entropy", "{:.2f}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("staleness", "staleness/mean", "{:.1f}"),
@@ -60,7 +67,8 @@ def step_line(row: Row, picture: Picture) -> str:
 def evaluation_line(row: Row) -> str:
     asked = row["num_prompts"]
     right = round(row["accuracy"] * asked)
-    return f"evaluation of version {row['version']}: accuracy {row['accuracy']:.1%} ({right} of {asked})"
+    failed = f"; {row['errors']} failed" if row.get("errors") else ""
+    return f"evaluation of version {row['version']}: accuracy {row['accuracy']:.1%} ({right} of {asked}{failed})"
 
 
 def warmup_line(row: Row, picture: Picture) -> str | None:
@@ -87,7 +95,8 @@ def _title(picture: Picture) -> str:
     config = picture.config
     generators = f"{config.generators.count} generator{'s' * (config.generators.count != 1)}"
     ranks = f"{config.learner.ranks} learner rank{'s' * (config.learner.ranks != 1)}"
-    return f"{picture.name}   {config.algorithm.name.upper()} · {config.model.path} · {generators} + {ranks}"
+    model = Path(config.model.path).name if Path(config.model.path).is_absolute() else config.model.path
+    return f"{picture.name}   {config.algorithm.name.upper()} · {model} · {generators} + {ranks}"
 
 
 def _progress(picture: Picture) -> RenderableType:
@@ -112,7 +121,7 @@ def _since(doing: Doing) -> str:
     return f" {duration(doing.for_s)}" if doing.for_s else ""
 
 
-def _curves(picture: Picture) -> str:
+def _curves(picture: Picture) -> list[str]:
     rewards = [row["reward/mean"] for row in picture.steps if row.get("reward/mean") is not None]
     parts = [f"reward {rewards[-1]:.3f} {sparkline(rewards, 16)}"] if rewards else []
     if len(rewards) > RECENT_STEPS:
@@ -124,13 +133,12 @@ def _curves(picture: Picture) -> str:
             parts[-1] += f" (was {first['accuracy']:.1%})"
     row = picture.steps[-1]
     named = (
-        ("kl", "policy/kl", "{:.4f}"),
+        ("kl", "policy/kl", "{:z.4f}"),
         ("entropy", "policy/entropy", "{:.2f}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("cut off", "completion/truncated_frac", "{:.1%}"),
     )
-    parts += [f"{label} {form.format(row[key])}" for label, key, form in named if row.get(key) is not None]
-    return "   ".join(parts)
+    return parts + [f"{label} {form.format(row[key])}" for label, key, form in named if row.get(key) is not None]
 
 
 def _warm_start(picture: Picture) -> str:
@@ -139,21 +147,25 @@ def _warm_start(picture: Picture) -> str:
     return f"{done}   loss {losses[-1]:.3f} {sparkline(losses, 16)}" if losses else done
 
 
-def _staleness(picture: Picture) -> str:
+def _staleness(picture: Picture) -> list[str]:
     row = picture.steps[-1]
     if row.get("staleness/mean") is None:
-        return ""
+        return []
     mean, oldest, bound = row["staleness/mean"], row["staleness/max"], picture.config.staleness.max
     speed = row.get("throughput/tokens_per_s")
-    trained = f"   trained {speed:,.0f} tok/s" if speed else ""
-    return f"staleness mean {mean:.2f}  max {oldest:.0f} of {bound}{trained}"
+    trained = [f"trained {speed:,.0f} tok/s"] if speed else []
+    return [f"staleness mean {mean:.2f}  max {oldest:.0f} of {bound}", *trained]
 
 
-def _ledger(counts: Mapping[str, int]) -> str:
-    names = ("offered", "queued", "leased", "finished", "trained", "filtered", "failed")
-    shown = [f"{name} {counts[name]:,}" for name in names if name in counts]
-    reasons = [f"{printable(name)} {count:,}" for name, count in counts.items() if "/" in name and count]
-    return "prompts  " + "  ".join(shown) + (f"  ({', '.join(reasons)})" if reasons else "")
+def _ledger(counts: Mapping[str, int]) -> list[str]:
+    shown = ["prompts", *(f"{name} {counts[name]:,}" for name in ALWAYS_SHOWN if name in counts)]
+    for end in ("filtered", "failed"):
+        if counts.get(end):
+            reasons = [
+                f"{name.partition('/')[2]} {n:,}" for name, n in counts.items() if name.startswith(f"{end}/") and n
+            ]
+            shown.append(f"{end} {counts[end]:,}" + (f" ({', '.join(reasons)})" if reasons else ""))
+    return shown
 
 
 def _table(picture: Picture) -> RenderableType:
@@ -177,3 +189,20 @@ def _table(picture: Picture) -> RenderableType:
 
 def _line(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Texts side by side; a narrow terminal breaks the line between two of them."""
+
+    parts: Sequence[str]
+    style: str = ""
+
+    def __rich_console__(self, screen: Screen, options: ConsoleOptions) -> RenderResult:
+        lines: list[str] = []
+        for part in map(printable, self.parts):
+            if lines and cell_len(f"{lines[-1]}   {part}") <= options.max_width:
+                lines[-1] += f"   {part}"
+            else:
+                lines.append(part)
+        yield Text("\n".join(lines), style=self.style)

@@ -18,28 +18,29 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
 
 from launch.log_lines import log_to_stderr
 from launch.parent import leave_with_parent
 from protocol import settings
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
-from protocol.errors import Exit, TetherError
+from protocol.errors import Exit, PeerTimeout, TetherError
 from protocol.keys import read_client_key
 from protocol.messages import Beat, Hello, Role
 from protocol.rewards import reward_digest, with_files
 from protocol.session import Session
 from protocol.shared_memory import private_folder
 
-if TYPE_CHECKING:
-    from actors.engine import Engine
-
+Outcome = TypeVar("Outcome")
 log = logging.getLogger("tether.generator")
+
+JOIN_S = 120.0  # the broker may be started after its generators
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,11 +86,15 @@ async def generate(args: argparse.Namespace) -> None:
             reward_digest=digest,
         )
 
-    session = await Session.open(addresses, key, hello, timeout_s=120.0)
+    try:
+        session = await Session.open(addresses, key, hello, timeout_s=JOIN_S)
+    except PeerTimeout as error:
+        raise PeerTimeout(f"{error}; does the run go on at this address, and is the key file from it?") from None
     assert session.welcome is not None
     config = Config.model_validate(session.welcome.settings)
     staging = private_folder(f"generator-{args.name.replace('/', '_')}")
     scorer = engine = None
+    farewell = "leaves"
     try:
         model = await fetch_model_files(session, staging / "model")
         device = args.device or config.run.device
@@ -97,17 +102,20 @@ async def generate(args: argparse.Namespace) -> None:
             os.environ.setdefault(name, value)
         scorer = Scorer(with_files(config.rewards, uses), model)
         await scorer.start()
-        engine = build_engine(config, model, device, seed=incarnation & 0x7FFFFFFF)
-        await _start_engine(engine, session, config)
+        building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
+        engine = await _reported(building, session, config)  # imports the engine's libraries
+        await _reported(engine.start(), session, config)
         generator = Generator(
             session, engine, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, generator.leave)
+        farewell = ""  # an error is a crash to the broker: the prompts that run may be its cause
         await generator.run()
+        farewell = "leaves"
     finally:
         with contextlib.suppress(TetherError):
-            await session.close(farewell="leaves")
+            await session.close(farewell)
         if engine is not None:
             await engine.close()
         if scorer is not None:
@@ -115,15 +123,15 @@ async def generate(args: argparse.Namespace) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-async def _start_engine(engine: Engine, session: Session, config: Config) -> None:
-    """Building takes seconds to minutes: the broker hears meanwhile what takes so long."""
-    build = asyncio.get_running_loop().create_task(engine.start())
+async def _reported(work: Coroutine[Any, Any, Outcome], session: Session, config: Config) -> Outcome:
+    """The outcome of `work`, which takes seconds to minutes: the broker hears meanwhile what takes so long."""
+    task = asyncio.get_running_loop().create_task(work)
     started = asyncio.get_running_loop().time()
-    while not build.done():
+    while not task.done():
         for_s = asyncio.get_running_loop().time() - started
         await session.ask(Beat(state="starting the engine", for_s=for_s), timeout_s=config.watchdog.orphan_s)
-        await asyncio.wait([build], timeout=config.watchdog.heartbeat_s)
-    await build
+        await asyncio.wait([task], timeout=config.watchdog.heartbeat_s)
+    return await task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(generate(args))
     except BaseExceptionGroup as group:
         return _report(_first(group))
-    except (TetherError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         return _report(error)
     return int(Exit.DONE)
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
 
 from launch.log_lines import log_to_stderr
 from launch.parent import leave_with_parent

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from protocol.errors import ConfigError, PreflightError
 from protocol.settings import DEFAULT, Settings, Value
 
-TOOLS: Mapping[str, tuple[str, ...]] = {
-    "demo": ("tools/demo_task.py",),
-}
-"""By name: the tool and its arguments; --out and --seed are added."""
+TOOL = "tools/demo_task.py"
+KINDS = ("demo", "tiny_model")
+"""What a recipe may ask for: the demo's model and rows, or a tiny model for the rows that `data.train` names."""
 
 
 def make(name: str, settings: Settings, folder: Path, repository: Path) -> Settings:
     """Run the tool, and let the settings that nobody gave point to what it made."""
-    if name not in TOOLS:
-        raise ConfigError(f"expected one of {', '.join(TOOLS)} behind make: in the recipe, got {name!r}")
-    tool, *arguments = TOOLS[name]
-    command = [
-        sys.executable,
-        str(repository / tool),
-        *arguments,
-        "--out",
-        str(folder),
-        "--seed",
-        str(settings.config.run.seed),
-    ]
+    if name not in KINDS:
+        raise ConfigError(f"expected one of {', '.join(KINDS)} behind make: in the recipe, got {name!r}")
+    config = settings.config
+    command = [sys.executable, str(repository / TOOL), "--out", str(folder), "--seed", str(config.run.seed)]
+    made = {"model.path": folder / "model"}
+    if name == "tiny_model":
+        command += ["--data", config.data.train]
+    else:
+        made |= {"data.train": folder / "train.jsonl", "data.eval": folder / "test.jsonl"}
+        made |= {"warmup.data": folder / "warmup.jsonl"}
     if subprocess.run(command, check=False).returncode:
-        raise PreflightError(f"{tool} could not make what the recipe needs; its words stand above")
-    made = {"model.path": folder / "model", "data.train": folder / "train.jsonl", "data.eval": folder / "test.jsonl"}
-    values = [Value(key, str(path), f"made by {tool}") for key, path in made.items() if settings.origin(key) == DEFAULT]
+        raise PreflightError(f"{TOOL} could not make what the recipe needs; its words stand above")
+    values = [Value(key, str(path), f"made by {TOOL}") for key, path in made.items() if settings.origin(key) == DEFAULT]
     return settings.override(values)

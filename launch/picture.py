@@ -5,10 +5,9 @@ Whatever a peer wrote is made printable here: states, details and names may hold
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from launch.chart import printable
@@ -24,15 +23,15 @@ WHY = {
     "pacing": "more groups would only be staler",
     "slow": "too slow for the others",
     "too_old": "its version is too old",
-    "newer_version": "newer weights",
-    "no_version": "the first weights",
-    "no_room": "room",
+    "newer_version": "newer weights come first",
+    "no_version": "no weights yet",
+    "no_room": "no room for a group",
     "end_of_data": "all prompts are leased",
     "alone": "a prompt runs alone",
     "evaluation": "the others' evaluation",
     "stopped": "the run ends",
 }
-"""The broker's reasons for giving no lease, as they complete "waiting: ..."."""
+"""The broker's reasons for giving no lease, as they complete "waiting: ..." and "generating (...)"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class Picture:
     waiting: Mapping[str, float] = field(default_factory=dict)  # recent share of its time that each process waited
     met: frozenset[str] = frozenset()  # processes that the broker has ever told us of
     run_dir: str = ""
+    cores: int = 0  # of this machine; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,20 @@ def _doing(name: str, device: str, state: str, answer: Mapping[str, Any] | None,
     if state != "running" or answer is None:
         alone = "has left the broker" if name in picture.met and picture.status else "starting"
         return Doing(name, device, alone if state == "running" else state, 0.0, None, None)
-    detail = WHY.get(answer["detail"], printable(answer["detail"]))
-    doing = printable(answer["state"]).replace("_", " ") + (f": {detail}" if detail else "")
+    doing = _in_words(printable(answer["state"]).replace("_", " "), answer["detail"])
     if answer["seen_s"] > SILENT_S:
         doing = f"silent for {duration(answer['seen_s'])}, was {doing}"
     version = answer["version"] if answer["role"] == "generator" else picture.status.get("version")
     return Doing(name, device, doing, answer["for_s"], picture.rates.get(name), version)
+
+
+def _in_words(state: str, detail: str) -> str:
+    """A state and what it is about. Who generates may wait for further leases: that is said, but is no waiting."""
+    if detail in WHY and state == "generating":
+        return f"generating ({WHY[detail]})"
+    if detail.startswith("of "):
+        return f"{state} {printable(detail)}"
+    return f"{state}: {WHY.get(detail, printable(detail))}" if detail else state
 
 
 def _broker_state(seen: Seen, picture: Picture) -> str:
@@ -96,9 +104,9 @@ def _broker_state(seen: Seen, picture: Picture) -> str:
 
 
 def seconds_per_step(steps: Sequence[Row]) -> float | None:
-    """Median over the recent steps; None before there are two."""
-    times = [row["time"] for row in steps[-RECENT_STEPS:] if "time" in row]
-    return median(b - a for a, b in itertools.pairwise(times)) if len(times) > 1 else None
+    """Mean over the recent steps, without a run's first, which waits for the generators; None before the second."""
+    times = [row["throughput/step_s"] for row in steps[1:][-RECENT_STEPS:] if row.get("throughput/step_s") is not None]
+    return fmean(times) if times else None
 
 
 def duration(seconds: float) -> str:

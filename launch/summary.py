@@ -5,6 +5,7 @@ Run by `launch/cluster.py` at the end of every run, whatever its end was. Source
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def summary(run_dir: Path, width: int) -> list[str]:
     lines += _curve("held-out accuracy", history.evaluations, "version", "accuracy", width)
     if len(history.evaluations) > 1:
         first, last = history.evaluations[0], history.evaluations[-1]
-        lines += [_gain(first, last), "", *_before_and_after(first, last)]
+        lines += [_gain(first, last), "", *_before_and_after(first, last, width)]
     lines.append(
         f"picture: {picture}" if (picture := draw_picture(run_dir, history)) else "picture: none, matplotlib is missing"
     )
@@ -71,15 +72,15 @@ def _gain(first: Row, last: Row) -> str:
     return f"held-out accuracy: {before}, {after} ({points:+.1f} points, {last['num_prompts']} prompts)"
 
 
-def _before_and_after(first: Row, last: Row) -> Iterator[str]:
+def _before_and_after(first: Row, last: Row, width: int) -> Iterator[str]:
     """Questions of both evaluations; those that were learned come first."""
     before = {sample["prompt"]: sample for sample in first["samples"]}
     pairs = [(before[sample["prompt"]], sample) for sample in last["samples"] if sample["prompt"] in before]
     pairs.sort(key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
     for old, new in pairs[:NUM_SAMPLES]:
-        yield f"question  {_text(old['prompt'])}"
-        yield f"  before  {_answer(old)}"
-        yield f"  after   {_answer(new)}"
+        lines = ("question  ", _text(old["prompt"])), ("  before  ", _answer(old)), ("  after   ", _answer(new))
+        for label, text in lines:
+            yield from textwrap.wrap(text, width, initial_indent=label, subsequent_indent=" " * len(label))
         yield ""
 
 

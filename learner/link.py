@@ -80,7 +80,8 @@ class Link:
         self.rank, self.num_ranks = rank, num_ranks
         self.draining = False
         self.heartbeat_numbers: dict[str, float] = {}
-        self._standing = standing
+        self._standing = self._told = standing  # what is so, and what the last hello said
+        self._batch_epoch = 0  # of the batch in training
         self._wait_s = wait_s  # deadline of every request: how long the broker may stay away
         self._settings_digest = settings_digest
         self._incarnation = secrets.randbits(62)
@@ -118,7 +119,8 @@ class Link:
 
     def agreed(self, taken: Taken) -> None:
         """All ranks hold the same batch: from now on its ledger is the one that a new broker gets."""
-        self._standing = Standing(self._standing.version, taken.share.step, taken.ledger)
+        if self.rank == 0:
+            self._wait(self._agree(taken), "the broker's welcome")
 
     def publish(self, snapshot: Snapshot) -> None:
         """The snapshot lies complete in its folder. A broker that starts anew is told again."""
@@ -134,7 +136,7 @@ class Link:
     def advance(self, version: int, *, skipped: bool = False) -> None:
         """Step `version` - 1 is trained and its snapshot published."""
         self._standing = Standing(version, -1, self._standing.ledger)
-        self._ask(Advance(version=version, skipped=skipped))
+        self._wait(self._advance(Advance(version=version, skipped=skipped)), "the answer to Advance")
 
     def evaluate(self, version: int) -> None:
         """Have the held-out prompts answered by `version`; the result comes through `evaluations`."""
@@ -159,7 +161,7 @@ class Link:
         self._thread.join(timeout=5.0)
 
     def _hello(self) -> Hello:
-        standing = self._standing
+        standing = self._told = self._standing
         first = self.rank == 0
         return Hello(
             role=Role.LEARNER.value,
@@ -183,6 +185,36 @@ class Link:
             if pages is not None:
                 share = join_pages(pages, self._session.epoch, self.rank, self.num_ranks)
                 return Taken(share, pages[0].ledger, dict(pages[0].numbers))
+
+    async def _advance(self, message: Advance) -> None:
+        try:
+            await self._session.ask(message, timeout_s=self._wait_s)
+        except ProtocolError as error:
+            if error.code != "order" or self._published is None:
+                raise
+            log.info("publishing version %d again to a broker that was restarted meanwhile", message.version)
+            await self._session.ask(self._published, timeout_s=self._wait_s)
+            await self._session.ask(message, timeout_s=self._wait_s)
+
+    async def _agree(self, taken: Taken) -> None:
+        self._standing = Standing(self._standing.version, taken.share.step, taken.ledger)
+        self._batch_epoch = taken.share.epoch
+        await self._insist()
+
+    async def _insist(self) -> None:
+        """See that the broker knows of the batch in training.
+
+        One that was restored after it gave us the batch and before we agreed on it has queued its prompts again. To
+        say hello as another process is to have it restored once more, with what we know now.
+        """
+        while (
+            self._standing.training_step >= 0
+            and self._session.epoch != self._batch_epoch
+            and self._told.training_step != self._standing.training_step
+        ):
+            log.warning("the broker does not know of step %d: introducing ourselves anew", self._standing.training_step)
+            self._incarnation = secrets.randbits(62)
+            await self._session.greet(self._wait_s)
 
     async def _pages(self, step: int) -> list[SharePage] | Finished | None:
         """All pages of one batch; None when the broker had nothing yet, or another batch in the middle of it."""
@@ -231,8 +263,10 @@ class Link:
             self.draining = answer.draining
             for fields in answer.evaluations:
                 self._evaluations_received += 1
-                self._evaluations.append(Evaluation.model_validate(fields))
-                self._evaluation_asked = None
+                evaluation = Evaluation.model_validate(fields)
+                self._evaluations.append(evaluation)
+                if self._evaluation_asked is not None and self._evaluation_asked.version <= evaluation.version:
+                    self._evaluation_asked = None
 
     def _introduced_again(self, epoch: int) -> None:
         """The broker was restarted and restored from what our hello said: what else it knew it is told again."""
@@ -243,6 +277,7 @@ class Link:
         task.add_done_callback(self._tasks.discard)
 
     async def _tell_again(self) -> None:
+        await self._insist()
         for message in (self._published, self._evaluation_asked):
             if message is not None:
                 await self._session.ask(message, timeout_s=self._wait_s)

@@ -66,11 +66,12 @@ def packed_sdpa(
             f"the learner's packed attention has no {', '.join(refused)}, which this model uses; set model.path"
         )
     grouped = query.shape[1] != key.shape[1]
+    lengths = [b - a for a, b in pairwise(sequence_cuts)]
+    # split, not slices: the backward pass of a slice fills and adds a tensor of the whole row for each sequence
+    sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-        for a, b in pairwise(sequence_cuts)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in sequences
     ]
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers.utils import cached_file
 
 from learner import checkpoint
 from learner.announcer import Announcer
@@ -24,7 +25,7 @@ from learner.ranks import Ranks
 from learner.samples import write_samples
 from protocol.config import Config
 from protocol.messages import Evaluation
-from protocol.types import Share
+from protocol.types import Share, Tokens
 
 log = logging.getLogger("tether.recorder")
 
@@ -49,7 +50,7 @@ class Recorder:
         self._ledger = ledger
         self._saved_version = first_version if first_version else -1
         self._writer = MetricsWriter(run_dir, first_version) if ranks.is_first else None
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path) if ranks.is_first else None
+        self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
     def step(self, taken: Taken, curves: dict[str, float], step_s: float) -> None:
         """Curves and samples of one step, and the evaluations that arrived since the last one."""
@@ -58,6 +59,7 @@ class Recorder:
             return
         share = taken.share
         completions = curves.pop("completion/count")
+        curves["throughput/step_s"] = step_s
         curves["throughput/samples_per_s"] = completions / step_s
         curves["throughput/tokens_per_s"] = completions * curves["completion/length_mean"] / step_s
         curves["weights/publish_s"] = self._announcer.stall_s
@@ -118,13 +120,17 @@ class Recorder:
 
     def _samples(self, share: Share) -> list[dict[str, Any]]:
         assert self._tokenizer is not None
+
+        def text(tokens: Tokens) -> str:
+            return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+
         return [
             {
                 "step": share.step,
                 "prompt_number": item.prompt,
                 "sample": item.sample,
-                "prompt": self._tokenizer.decode(item.prompt_tokens),
-                "completion": self._tokenizer.decode(item.completion.tokens),
+                "prompt": text(item.prompt_tokens),
+                "completion": text(item.completion.tokens),
                 "reward": float(share.rewards[item.group, item.sample]),
                 "finish_reason": item.completion.finish_reason.value,
                 "versions": [list(span) for span in item.completion.spans],

@@ -31,15 +31,19 @@ class StateClock:
         self._spent: dict[State, float] = defaultdict(float)
 
     def enter(self, state: State, detail: str = "") -> None:
-        now = time.monotonic()
-        self._spent[self._state] += now - self._since
-        self._state, self._since = state, now
+        self._count()
+        self._state = state
         self._tell(state.value, detail)
 
     def shares(self) -> tuple[dict[str, float], float]:
         """Curves time/<state> since the last call, and the seconds they are shares of."""
-        self.enter(self._state)
+        self._count()
         total = sum(self._spent.values())
         curves = {f"time/{state}": seconds / total for state, seconds in self._spent.items()} if total else {}
         self._spent.clear()
         return curves, total
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._spent[self._state] += now - self._since
+        self._since = now

@@ -23,7 +23,7 @@ class Addresses(NamedTuple):
         try:
             fields = json.loads(path.read_text())
             return cls(fields["control"], fields["bulk"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"expected the broker's addresses in {path}, got {type(error).__name__}; is {run_dir} a run?"
             ) from None
@@ -37,7 +37,7 @@ class Addresses(NamedTuple):
     def from_url(cls, url: str) -> Addresses:
         """Raises ConfigError unless the URL is tcp://HOST:PORT."""
         host, colon, port = url.removeprefix("tcp://").rpartition(":")
-        if not (url.startswith("tcp://") and colon and host and port.isdigit() and 0 < int(port) < 65535):
+        if not (url.startswith("tcp://") and colon and host and port.isdecimal() and 0 < int(port) < 65535):
             raise ConfigError(
                 f"expected tcp://HOST:PORT with a port below 65535, got {url}; see broker.json in the run folder"
             )

@@ -24,7 +24,7 @@ from protocol.sockets import connect_dealer
 log = logging.getLogger("tether.channel")
 
 REPEAT_S = 6.0  # a parked request is answered after 5 s at the latest, so silence beyond that means a loss
-RENEW_AFTER_REPEATS = 3  # then the socket itself is replaced: its peer may have been restarted behind a dead connection
+RENEW_S = 18.0  # after so much silence the socket is replaced: there may be a new peer behind a dead connection
 
 
 class Channel:
@@ -45,21 +45,19 @@ class Channel:
         frames = encode(message, Header(epoch, session, sequence))
         answer: asyncio.Future[Frames] = asyncio.get_running_loop().create_future()
         self._waiting[sequence] = answer
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        repeats = 0
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
         try:
             while True:
                 await self._send(frames, deadline)
-                left = deadline - asyncio.get_running_loop().time()
-                done, _ = await asyncio.wait([answer], timeout=max(0.0, min(REPEAT_S, left)))
+                done, _ = await asyncio.wait([answer], timeout=max(0.0, min(REPEAT_S, deadline - clock())))
                 if done:
                     return answer.result()
-                if asyncio.get_running_loop().time() >= deadline:
+                if clock() >= deadline:
                     raise PeerTimeout(
                         f"waited {timeout_s:.0f} s for {what} from the broker at {self.address}, no answer came"
                     )
-                repeats += 1
-                if repeats % RENEW_AFTER_REPEATS == 0:
+                if clock() - self._heard_at >= RENEW_S:
                     self._reconnect()
         finally:
             self._waiting.pop(sequence, None)
@@ -72,10 +70,11 @@ class Channel:
 
     def _connect(self) -> None:
         self._socket = connect_dealer(self._context, self.address, self._key)
+        self._heard_at = asyncio.get_running_loop().time()  # or made anew, so that many requests do not take turns
         self._reader = asyncio.get_running_loop().create_task(self._read(self._socket))
 
     def _reconnect(self) -> None:
-        log.info("no answer from %s for %.0f s: connecting anew", self.address, REPEAT_S * RENEW_AFTER_REPEATS)
+        log.info("nothing heard from %s for %.0f s: connecting anew", self.address, RENEW_S)
         self._reader.cancel()
         self._socket.close(linger=0)
         self._connect()
@@ -95,6 +94,7 @@ class Channel:
                 continue
             except zmq.ZMQError:
                 return  # the socket was replaced
+            self._heard_at = asyncio.get_running_loop().time()
             waiting = self._waiting.get(frames.header.sequence)
             if waiting is not None and not waiting.done():
                 waiting.set_result(frames)

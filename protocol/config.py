@@ -208,7 +208,9 @@ class NetworkConfig(Section):
 
 class WarmupConfig(Section):
     steps: NonNegativeInt = 0
-    """Supervised steps on the training rows' answers before reinforcement learning. 0: none."""
+    """Supervised steps before reinforcement learning. 0: none."""
+    data: str = ""
+    """Rows whose answers are imitated, given as data.train is. Empty: the training rows."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate; it falls linearly to 0."""
     batch_size: PositiveInt = 32

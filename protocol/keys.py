@@ -44,7 +44,10 @@ class ClientKey:
 
 
 def make_run_keys(run_dir: Path) -> None:
-    """Write the server's key and one client key per role, unless they are there already."""
+    """Write the server's key and one client key per role, unless they are there already.
+
+    The server's comes last: without it, whatever lies there was left by a start that broke off.
+    """
     folder = run_dir / "keys"
     if (folder / "server.key").exists():
         return
@@ -85,6 +88,7 @@ def _pair() -> tuple[str, str]:
 
 
 def _write(path: Path, fields: dict[str, str]) -> None:
+    path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump({"format": _FORMAT, **fields}, file)
@@ -98,6 +102,9 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, str]:
         raise ConfigError(
             f"expected a key file, found none at {path}; every run writes its keys to RUN/keys/"
         ) from None
+    except OSError as error:
+        reason = (error.strerror or "it cannot be read").lower()
+        raise ConfigError(f"expected a key file that this user can read at {path}, but {reason}") from None
     except ValueError:
         raise ConfigError(
             f"expected a key file of Tether at {path}, it is not JSON; copy it again from RUN/keys/"

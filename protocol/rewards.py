@@ -28,7 +28,8 @@ def reward_digest(uses: Sequence[str]) -> str:
             content = Path(file).read_bytes()
         except OSError as error:
             raise ConfigError(
-                f"expected reward code in {file}, {(error.strerror or 'unreadable').lower()}; set rewards.functions"
+                f"expected reward code in {file}, {(error.strerror or 'unreadable').lower()}; set rewards.functions "
+                "or --reward"
             ) from None
         digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()[:32] if brought else ""

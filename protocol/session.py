@@ -43,7 +43,7 @@ class Session:
         """
         session = cls(addresses, key, hello)
         try:
-            await session._greet(timeout_s)
+            await session.greet(timeout_s)
         except BaseException:
             await session.close(farewell="")
             raise
@@ -62,12 +62,15 @@ class Session:
                 raise PeerTimeout(f"waited {timeout_s:.0f} s for {what}, the broker kept restarting")
             frames = await channel.request(message, epoch=self.epoch, session=session, timeout_s=left, what=what)
             answer = frames.message
-            if not isinstance(answer, Refused):
+            if isinstance(answer, Refused):
+                if answer.code != "session":
+                    raise ProtocolError(answer.code, answer.text)
+            elif frames.header.epoch == self.epoch:
                 return answer
-            if answer.code != "session":
-                raise ProtocolError(answer.code, answer.text)
+            else:
+                continue  # another request has met a restarted broker meanwhile: what the old one said is void
             if session == self.welcome.session:
-                await self._greet(left)
+                await self.greet(left)
 
     async def close(self, farewell: str = "done") -> None:
         """Leave in order: with a farewell our leases count nothing against their prompts."""
@@ -77,7 +80,8 @@ class Session:
         await self._control.close()
         await self._bulk.close()
 
-    async def _greet(self, timeout_s: float) -> None:
+    async def greet(self, timeout_s: float) -> None:
+        """Say hello, unless another request is doing so. Raises ProtocolError if we are refused."""
         known = self.welcome
         async with self._greeting:
             if self.welcome is not known:

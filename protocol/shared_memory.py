@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -20,9 +22,10 @@ def private_folder(label: str) -> Path:
     Raises PreflightError if it is not ours.
     """
     base = _base()
-    base.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # a file or a dangling link, which is refused below
+        base.mkdir(mode=0o700, exist_ok=True)
     found = base.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077 or base.is_symlink():
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
         raise PreflightError(f"{base} must be a folder of user {os.getuid()} with mode 700; remove what lies there")
     for folder in base.iterdir():
         if not _alive(folder.name.rpartition("-")[2]):

@@ -33,11 +33,12 @@ def split_pages(share: Share, page_bytes: int = PAGE_BYTES) -> list[SharePage]:
 
 
 def join_pages(pages: Sequence[SharePage], epoch: int, rank: int, num_ranks: int) -> Share:
-    """The share whose pages these are. Raises ProtocolError if the arrays' lengths contradict each other."""
+    """The share whose pages these are. Raises ProtocolError if their arrays contradict each other."""
     first = pages[0]
     try:
         items = tuple(item for page in pages for item in _items(page))
-    except (ValueError, IndexError) as error:
+        _check_places(items, first)
+    except ValueError as error:
         raise ProtocolError(
             "share", f"the arrays of step {first.step}'s share contradict each other: {error}"
         ) from None
@@ -84,11 +85,15 @@ def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> 
 
 
 def _items(page: SharePage) -> list[ShareItem]:
+    """Raises ValueError if the arrays do not describe the same number of completions."""
     prompts = _cut(page.prompt_tokens, page.prompt_lengths)
     tokens = _cut(page.tokens, page.lengths)
     logprobs = _cut(page.behavior_logprobs, page.lengths)
     observed = _cut(page.observed, page.lengths)
     spans = _cut(page.spans.reshape(-1, 3), page.span_counts)
+    columns = (page.groups, page.samples, page.prompts, page.truncated, prompts, tokens, spans)
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"they describe {sorted({len(column) for column in columns})} completions")
     items: list[ShareItem] = []
     for index in range(len(page.groups)):
         completion = Completion(
@@ -105,8 +110,20 @@ def _items(page: SharePage) -> list[ShareItem]:
     return items
 
 
+def _check_places(items: Sequence[ShareItem], first: SharePage) -> None:
+    """Raise ValueError unless every completion has a place in the reward table."""
+    if first.baseline_rewards.shape != first.rewards.shape:
+        raise ValueError(f"reward tables of {first.rewards.shape} and {first.baseline_rewards.shape}")
+    rows, columns = first.rewards.shape
+    for item in items:
+        if not (0 <= item.group < rows and 0 <= item.sample < columns):
+            raise ValueError(f"group {item.group}, sample {item.sample} of a reward table of {rows} by {columns}")
+
+
 def _cut(flat: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """Views of consecutive runs; their lengths must use up the array exactly."""
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"a length of {lengths.min()}")
     ends = list(accumulate(map(int, lengths), initial=0))
     if ends[-1] != len(flat):
         raise ValueError(f"lengths add up to {ends[-1]}, the array has {len(flat)}")

@@ -190,6 +190,11 @@ class ScriptedLearner:
         if isinstance(taken, Finished):
             self.finished = taken
             return False
+        self.finish(taken)
+        return True
+
+    def finish(self, taken: Taken) -> None:
+        """The step of this batch."""
         self.link.agreed(taken)
         for item in taken.share.items:
             assert 0 <= taken.share.step - item.completion.oldest_version <= self._bound
@@ -197,7 +202,6 @@ class ScriptedLearner:
         self.version += 1
         self.publish()
         self.link.advance(self.version)
-        return True
 
     def publish(self) -> None:
         folder = self._folder / f"v{self.version}"

@@ -18,7 +18,7 @@ from launch.console import Console
 from launch.frames import evaluation_line, frame, step_line, waiting_line
 from launch.history import History
 from launch.logs import first_error
-from launch.picture import Picture, duration
+from launch.picture import Picture, duration, seconds_per_step
 from launch.plan import ProcessRole
 from launch.supervisor import Seen
 from protocol.config import Config
@@ -37,6 +37,7 @@ STEPS = [
         "staleness/mean": 0.9,
         "staleness/max": 2.0,
         "time/waiting_for_trajectories": 0.2,
+        "throughput/step_s": 0.3 if i % 2 else 2.7,
         "throughput/tokens_per_s": 41200.0,
     }
     for i in range(128)
@@ -122,6 +123,47 @@ def test_hostile_text_reaches_the_screen_spelled_out(width: int) -> None:
     assert r"[bold red]x[/] \x1b[2J\x1b]0;title\x07 \u202e\r\n" in "".join(text.split("\n"))
 
 
+def test_prompts_that_came_to_nothing_are_shown_with_their_reasons() -> None:
+    ledger = {
+        "offered": 10,
+        "trained": 6,
+        "filtered": 3,
+        "failed": 1,
+        "filtered/prompt_too_long": 3,
+        "failed/KeyError": 1,
+    }
+    text = drawn(200, picture(status=status(ledger=ledger)))
+    assert "trained 6   filtered 3 (prompt_too_long 3)   failed 1 (KeyError 1)" in text
+    text = drawn(200, picture(status=status(ledger={"offered": 10, "trained": 10, "filtered": 0, "failed": 0})))
+    assert "filtered" not in text
+
+
+def test_a_narrow_terminal_breaks_lines_between_curves_only() -> None:
+    for width in range(60, 140):
+        assert "cut off 0.4%" in drawn(width, picture()), f"a curve is broken at {width} columns"
+
+
+def test_a_model_in_a_folder_is_called_by_its_name() -> None:
+    config = Config.model_validate({"model": {"path": "/somewhere/far/away/tiny"}})
+    assert "GRPO · tiny · 1 generator" in drawn(80, picture(config=config))
+
+
+@pytest.mark.parametrize(
+    ("state", "detail", "said"),
+    [
+        ("generating", "", "generating"),
+        ("generating", "at_bound", "generating (at the staleness bound)"),
+        ("waiting", "at_bound", "waiting: at the staleness bound"),
+        ("waiting", "a lease", "waiting: a lease"),
+        ("waiting_for_trajectories", "of step 3", "waiting for trajectories of step 3"),
+        ("checkpointing", "version 3", "checkpointing: version 3"),
+    ],
+)
+def test_a_state_reads_as_a_sentence(state: str, detail: str, said: str) -> None:
+    processes = [process("generator-0", "generator", state, detail)]
+    assert re.search(rf"cuda 1 +{re.escape(said)}  ", drawn(200, picture(status=status(processes=processes))))
+
+
 def test_before_anybody_answers_a_frame_says_so() -> None:
     text = drawn(80, picture(steps=(), evaluations=(), status={}, waiting={}))
     assert "starting: the broker reads the data" in text
@@ -141,6 +183,13 @@ def test_a_step_is_one_line() -> None:
 
 def test_an_evaluation_is_one_line() -> None:
     assert evaluation_line(EVALUATIONS[1]) == "evaluation of version 120: accuracy 49.8% (100 of 200)"
+    assert evaluation_line(EVALUATIONS[0] | {"errors": 9}).endswith("accuracy 30.0% (60 of 200; 9 failed)")
+
+
+def test_the_pace_counts_the_waiting_between_bursts() -> None:
+    rows = [{"step": i, "throughput/step_s": s} for i, s in enumerate((60.0, 0.1, 0.1, 2.8))]
+    assert seconds_per_step(rows) == pytest.approx(1.0)
+    assert seconds_per_step(rows[:1]) is None
 
 
 def test_waiting_names_who_waits_for_what() -> None:
@@ -177,6 +226,22 @@ def test_a_pipe_is_never_silent_for_long(tmp_path: Path, monkeypatch: pytest.Mon
     assert "for the broker's first answer" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_the_start_of_a_run_says_nothing_about_its_bottleneck(tmp_path: Path) -> None:
+    screen = Screen(width=200, file=io.StringIO(), force_terminal=False)
+    console = Console(Config(), tmp_path, screen)
+    for _ in range(10):
+        console.answered(status())
+    console.print_once()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEPS[0]) + "\n")
+    console.print_once()
+    for _ in range(10):
+        console.answered(status())
+    console.print_once()
+    said = re.findall(r"bottleneck: (.*)", screen.file.getvalue())  # type: ignore[attr-defined]
+    assert said[:2] == ["not known yet"] * 2
+    assert "learner waits 100%" in said[2]
+
+
 def test_history_reads_on_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     history, path = History(tmp_path), tmp_path / "metrics.jsonl"
     history.read()
@@ -205,14 +270,15 @@ def test_history_starts_again_when_a_resumed_learner_cut_the_file(tmp_path: Path
         (0.50, 0.03, "cuda", 2, "--generators 2"),
         (0.01, 0.40, "cuda", 2, "--learner-gpus 2"),
         (0.50, 0.40, "cuda", 0, "--max-staleness 1"),
-        (0.01, 0.40, "cpu", 2, "--generators 1"),
+        (0.01, 0.40, "cpu", 2, "the learner (learner waits 1%, generators 40% of their time)"),
+        (0.50, 0.03, "cpu", 2, "; all 2 cores are in use"),
     ],
 )
 def test_the_bottleneck_comes_with_the_flag_that_moves_it(
     learner: float, generator: float, device: str, staleness: int, said: str
 ) -> None:
     config = Config.model_validate({"run": {"device": device}, "staleness": {"max": staleness}})
-    assert said in bottleneck({"learner-0": learner, "generator-0": generator}, config)
+    assert said in bottleneck({"learner-0": learner, "generator-0": generator}, config, cores=2)
 
 
 def test_waiting_for_each_other_is_not_waiting_for_the_other_side() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,23 @@ class SmallService:
     def handle(self, message: Any, header: Any, key: str, role: Any, route: bytes, now: float) -> Any:
         return self.answer(message, header, role)
 
+    def undelivered(self, answer: Any) -> None:
+        pass
+
     def tick(self, now: float) -> None:
         pass
 
     def take_hints(self) -> list[Any]:
         return []
+
+
+def wait_until(condition: Callable[[], Any], what: str, within_s: float = 20.0) -> Any:
+    """What the condition gave when it first held."""
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {within_s} s"
+        time.sleep(0.005)
+    return found
 
 
 def free_port() -> int:
@@ -44,7 +57,12 @@ def free_port() -> int:
 
 
 def free_addresses() -> Addresses:
-    return Addresses(f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}")
+    """Two ports in a row, as `--connect` expects them."""
+    while True:
+        port = free_port()
+        with closing(socket.socket()) as following, suppress(OSError, OverflowError):
+            following.bind(("127.0.0.1", port + 1))
+            return Addresses(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}")
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """The demo's task: word problems in GSM8K's form (question, reasoning, `#### 12`), generated with a seed.
 
-Pure; `tools/tiny_task.py` writes its rows before a demo starts. A story has one or two changes. Most rows answer in one go
-("Tom has 8 apples."), the others write the sums down first ("7+5=12, 12-4=8."). A tiny model that was warmed up on these rows
-has both habits and prefers the first, which it does badly. Which one is worth having is what the reward teaches it.
-No question of the held-out rows is asked in the training rows: `split` draws both from one list without repeats.
+Pure; `tools/demo_task.py` writes the rows before a demo starts. A story has one or two changes, and there are two ways to
+answer: to write the sums down ("7+5=12, 12-4=8."), or hastily, with a number at once that is right now and then. The rows
+to train and to test with are all worked. Those of the supervised warm start are of mixed quality, as collected answers are,
+and most are hasty, about some people more than about others: a tiny model that imitates them has both habits and prefers
+the worse one. Which one is worth having is what the reward teaches it. No question of the held-out rows stands in any other row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,17 +17,23 @@ import numpy as np
 
 LOWEST, HIGHEST = 2, 12
 """The numbers in the questions, both included."""
-TWO_CHANGES = 0.7
-"""Share of the stories with two changes."""
-WORKED = 0.4
-"""Share of the rows that write their sums down."""
+TWO_CHANGES = 0.6
+"""Share of the stories with two changes; the others have one."""
+LEAST_HASTY, MOST_HASTY = 0.5, 0.95
+"""Shares of the demonstrations that answer at once: about the first of NAMES, and about the last."""
+HASTY_AND_RIGHT = 0.5
+"""How often such an answer is right."""
 
 NAMES = ("Ann", "Ben", "Eva", "Finn", "Ida", "Leo", "Mia", "Noah", "Ola", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "kites", "pens", "shells", "stamps", "stones")
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("drops", "loses", "sells", "uses")
 OPENINGS = ("{name} has {first} {things}", "{name} starts with {first} {things}")
-QUESTIONS = ("How many {things} does {name} have now?", "How many {things} are there now?", "How many are there in the end?")
+QUESTIONS = (
+    "How many {things} does {name} have now?",
+    "How many {things} are there now?",
+    "How many are there in the end?",
+)
 
 
 class Problem(NamedTuple):
@@ -37,17 +45,33 @@ class Problem(NamedTuple):
 
 def split(seed: int, num_train: int, num_held_out: int) -> tuple[list[Problem], list[Problem]]:
     """Training rows and held-out rows; all questions differ."""
+    problems = list(itertools.islice(_different(seed), num_held_out + num_train))
+    return problems[num_held_out:], problems[:num_held_out]
+
+
+def demonstrations(seed: int, number: int, num_held_out: int) -> list[Problem]:
+    """Rows of mixed quality to imitate; none has a question of the `num_held_out` rows that `split` holds out."""
+    rng = np.random.Generator(np.random.PCG64([seed, 1]))
+    problems = itertools.islice(_different(seed), num_held_out, num_held_out + number)
+    shares = dict(zip(NAMES, np.linspace(LEAST_HASTY, MOST_HASTY, len(NAMES)), strict=True))
+    return [
+        _hasty(problem, rng) if rng.random() < shares[problem.question.split()[0]] else problem for problem in problems
+    ]
+
+
+def _different(seed: int) -> Iterator[Problem]:
+    """Problems without end, no question twice."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    rows: dict[str, Problem] = {}
-    while len(rows) < num_train + num_held_out:
-        problem = draw(rng)
-        rows.setdefault(problem.question, problem)
-    problems = list(rows.values())
-    return problems[:num_train], problems[num_train:]
+    seen: set[str] = set()
+    while True:
+        problem = _worked(rng)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
 
 
-def draw(rng: np.random.Generator) -> Problem:
-    """One problem; no amount in it falls below `LOWEST`."""
+def _worked(rng: np.random.Generator) -> Problem:
+    """One problem with its sums; no amount in it falls below `LOWEST`."""
     numbers = [_number(rng)]
     changes: list[tuple[str, int]] = []
     for _ in range(1 + (rng.random() < TWO_CHANGES)):
@@ -55,15 +79,20 @@ def draw(rng: np.random.Generator) -> Problem:
         gains = rng.random() < 0.5 or numbers[-1] - change < LOWEST
         changes.append((_choice(rng, GAINS if gains else LOSSES), change if gains else -change))
         numbers.append(numbers[-1] + changes[-1][1])
-    words = {"name": _choice(rng, NAMES), "things": _choice(rng, THINGS), "first": str(numbers[0]), "last": str(numbers[-1])}
+    words = {"name": _choice(rng, NAMES), "things": _choice(rng, THINGS), "first": str(numbers[0])}
     story = " and ".join(f"{verb} {abs(change)}" for verb, change in changes)
     question = f"{_choice(rng, OPENINGS)}, {story}. {_choice(rng, QUESTIONS)}".format(**words)
-    if rng.random() < WORKED:
-        sums = zip(numbers, changes, numbers[1:], strict=False)
-        reasoning = ", ".join(f"{before}{change:+d}={after}" for before, (_, change), after in sums) + "."
-    else:
-        reasoning = "{name} has {last} {things}.".format(**words)
-    return Problem(question, f"{reasoning}\n#### {numbers[-1]}")
+    sums = zip(numbers, changes, numbers[1:], strict=False)
+    reasoning = ", ".join(f"{before}{change:+d}={after}" for before, (_, change), after in sums)
+    return Problem(question, f"{reasoning}.\n#### {numbers[-1]}")
+
+
+def _hasty(problem: Problem, rng: np.random.Generator) -> Problem:
+    """The same question, answered at once."""
+    result = int(problem.answer.rpartition(" ")[2])
+    if rng.random() >= HASTY_AND_RIGHT:
+        result = int(rng.choice([result + error for error in range(-5, 6) if error and result + error >= LOWEST]))
+    return Problem(problem.question, f"That makes {result}.\n#### {result}")
 
 
 def _number(rng: np.random.Generator) -> int:

@@ -23,10 +23,11 @@ def gsm8k(completion: str, answer: str, format_score: float = 0.0) -> float:
 
 def gsm8k_flexible(completion: str, answer: str, format_score: float = 0.0) -> float:
     """As `gsm8k`, for the last number of the text, wherever it stands; its commas and dots are kept, as in verl."""
-    found = [number for number in _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:]) if number not in ("", ".")]
+    found = _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:])
     if not found:
         return 0.0
-    return 1.0 if found[-1] == reference(answer) else format_score
+    last = next((number for number in reversed(found) if number != "."), ".")
+    return 1.0 if last == reference(answer) else format_score
 
 
 def reference(answer: str) -> str:

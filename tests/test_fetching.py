@@ -1,0 +1,189 @@
+"""What a generator fetches from the broker: weights and the model's files, verified, and whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.model_files import MAX_FILE_BYTES, fetch_model_files
+from actors.snapshot_source import SnapshotSource
+from protocol.errors import ProtocolError
+from protocol.messages import Bytes, FetchChunk, FetchFile, FetchManifest, ManifestAnswer, Message, Welcome
+from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotError, SnapshotWriter, lay_out
+
+LAYOUT = lay_out([("w", "float32", (5 * CHUNK_BYTES // 4 // 2,))])  # two and a half chunks
+
+
+class Session:
+    """Answers a generator's fetches by one function."""
+
+    def __init__(self, answer: Callable[[Message], Message], files: list[tuple[str, int, str]] | None = None) -> None:
+        self.welcome = Welcome(session=1, run_id="r", settings={}, heartbeat_s=1.0, files=files or [])
+        self.asked: list[Message] = []
+        self._answer = answer
+
+    async def ask(self, message: Message, **how: Any) -> Message:
+        self.asked.append(message)
+        await asyncio.sleep(0)
+        return self._answer(message)
+
+    def chunks(self) -> list[int]:
+        return sorted(message.index for message in self.asked if isinstance(message, FetchChunk))
+
+
+def snapshot(folder: Path, version: int = 3, seed: int = 0) -> Snapshot:
+    writer = SnapshotWriter(folder, LAYOUT)
+    writer.view(LAYOUT[0])[:] = np.random.default_rng(seed).integers(0, 255, LAYOUT[0].nbytes, np.uint8)
+    return writer.finish(version)
+
+
+def serving(made: Snapshot, path: str = "", spoil: Callable[[int], Message | None] = lambda index: None) -> Session:
+    """A broker with one snapshot; `spoil` may answer for a chunk instead."""
+
+    def answer(message: Message) -> Message:
+        if isinstance(message, FetchManifest):
+            manifest = made.manifest.to_bytes()
+            return ManifestAnswer(version=made.version, digest=made.digest, manifest=manifest, path=path)
+        assert isinstance(message, FetchChunk)
+        return spoil(message.index) or Bytes(data=made.chunk(message.index))
+
+    return Session(answer)
+
+
+def fetched(session: Session, staging: Path) -> Snapshot:
+    staging.mkdir(exist_ok=True)
+    return asyncio.run(SnapshotSource(session, staging, 10.0).fetch(3))  # type: ignore[arg-type]
+
+
+def test_on_the_same_host_the_learners_file_is_used_in_place(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    session = serving(made, path=str(made.folder))
+    assert fetched(session, tmp_path / "staging").folder == made.folder
+    assert session.chunks() == []
+
+
+def test_elsewhere_every_chunk_is_pulled_once_and_the_copy_is_the_same(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    session = serving(made)
+    copy = fetched(session, tmp_path / "staging")
+    assert copy.folder.parent == tmp_path / "staging"
+    assert copy.digest == made.digest
+    copy.verify()
+    assert session.chunks() == [0, 1, 2]
+
+
+def test_a_file_of_this_host_that_we_cannot_read_is_pulled_instead(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    copy = fetched(serving(made, path="/proc/1/root/of-another-user"), tmp_path / "staging")
+    assert copy.digest == made.digest
+
+
+def test_another_snapshot_in_the_announced_place_is_not_taken_for_it(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    other = snapshot(tmp_path / "other", seed=1)
+    copy = fetched(serving(made, path=str(other.folder)), tmp_path / "staging")
+    assert copy.digest == made.digest != other.digest
+
+
+def test_a_version_that_vanishes_under_the_pull_is_said_to_be_gone_and_leaves_nothing(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+
+    def vanish(index: int) -> None:
+        if index == 1:
+            raise ProtocolError("chunk", "not to be had any more")
+
+    with pytest.raises(SnapshotError, match=r"chunk 1 of \w{12} is not to be had"):
+        fetched(serving(made, spoil=vanish), tmp_path / "staging")
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_chunk_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+
+    def spoil(index: int) -> Message | None:
+        return Bytes(data=made.chunk(0)) if index == 1 else None
+
+    with pytest.raises(SnapshotError, match=r"chunk 1 of snapshot .* does not match its digest"):
+        fetched(serving(made, spoil=spoil), tmp_path / "staging")
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_manifest_of_other_weights_than_announced_is_refused(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    lie = ManifestAnswer(version=3, digest="0" * 64, manifest=made.manifest.to_bytes(), path="")
+    with pytest.raises(SnapshotError, match="the manifest of version 3 does not match its digest 000000000000"):
+        fetched(Session(lambda message: lie), tmp_path / "staging")
+
+
+def test_a_version_that_nobody_has_any_more_is_said_to_be_gone(tmp_path: Path) -> None:
+    def gone(message: Message) -> Message:
+        raise ProtocolError("version", "version 3 is not on the shelf any more; ask for the newest")
+
+    with pytest.raises(SnapshotError, match="version 3 is not to be had: version: version 3 is not on the shelf"):
+        fetched(Session(gone), tmp_path / "staging")
+
+
+def test_only_pulled_snapshots_are_freed_after_use(tmp_path: Path) -> None:
+    made = snapshot(tmp_path / "v3")
+    source = SnapshotSource(serving(made), tmp_path / "staging", 10.0)  # type: ignore[arg-type]
+    (tmp_path / "staging").mkdir()
+    pulled = asyncio.run(source.fetch(3))
+    source.discard(made)
+    source.discard(pulled)
+    assert made.folder.exists()
+    assert not pulled.folder.exists()
+
+
+# --- The model's files
+
+CONTENT = {"config.json": b'{"vocab_size": 7}', "tokenizer.json": bytes(range(256)) * 40}
+PART = 1000
+
+
+def entries(**other: tuple[int, str]) -> list[tuple[str, int, str]]:
+    given = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in CONTENT.items()}
+    return [(name, size, digest) for name, (size, digest) in (given | other).items()]
+
+
+def part(message: Message) -> Message:
+    assert isinstance(message, FetchFile)
+    content = CONTENT.get(message.name, b"")[message.offset : message.offset + PART]
+    return Bytes(data=np.frombuffer(content, np.uint8))
+
+
+def files(folder: Path, files: list[tuple[str, int, str]]) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return asyncio.run(fetch_model_files(Session(part, files), folder))  # type: ignore[arg-type]
+
+
+def test_the_models_files_arrive_in_parts_and_whole(tmp_path: Path) -> None:
+    folder = files(tmp_path / "model", entries())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/etc/evil.json", "sub/evil.json", "", ".", ".."])
+def test_a_file_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ProtocolError, match="refusing a model file called"):
+        files(tmp_path / "model", [(name, 3, "")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match=f"of {MAX_FILE_BYTES + 1} bytes"):
+        files(tmp_path / "model", [("config.json", MAX_FILE_BYTES + 1, "")])
+
+
+def test_a_file_that_ends_early_or_is_another_is_refused(tmp_path: Path) -> None:
+    size, digest = len(CONTENT["config.json"]), "0" * 64
+    with pytest.raises(ProtocolError, match=r"model file config\.json ended after 17 of 99 bytes"):
+        files(tmp_path / "model", [("config.json", 99, digest)])
+    with pytest.raises(ProtocolError, match=r"model file config\.json does not match its digest"):
+        files(tmp_path / "model", [("config.json", size, digest)])

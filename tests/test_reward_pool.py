@@ -1,0 +1,208 @@
+"""Reward workers: whatever reward code does costs one call, and is an error with a reason, never a zero."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.rewards.pool import RewardFailed, RewardPool
+from protocol.config import RewardConfig, RewardsConfig
+from protocol.errors import ConfigError
+
+TIMEOUT_S = 1.0
+CODE = """
+import os, subprocess, sys, threading, time
+
+def score(completion, answer, pids=""):
+    if completion == "raise": return 1 / 0
+    if completion == "hang": time.sleep(600)
+    if completion == "spin":
+        while True: pass
+    if completion == "exit": sys.exit(3)
+    if completion == "die": os._exit(7)
+    if completion == "allocate": return len(bytearray(64 << 30))
+    if completion == "text": return "good"
+    if completion == "nan": return float("nan")
+    if completion == "child":
+        child = subprocess.Popen(["sleep", "600"])
+        open(pids, "w").write(str(child.pid))
+        time.sleep(600)
+    if completion == "print":
+        print("to standard output", flush=True)
+        os.write(1, b"raw bytes" * 1000)
+        return float(sys.stdin.read() == "")
+    if completion == "environment": return float(len(os.environ))
+    if completion == "pid": return float(os.getpid())
+    return float(len(completion))
+"""
+
+
+@asynccontextmanager
+async def pool(
+    tmp_path: Path, workers: int = 1, timeout_s: float = TIMEOUT_S, **args: Any
+) -> AsyncIterator[RewardPool]:
+    (tmp_path / "evil.py").write_text(CODE)
+    functions = (RewardConfig(use="gsm8k"), RewardConfig(use=f"{tmp_path / 'evil.py'}:score", args=args))
+    opened = RewardPool(RewardsConfig(functions=functions, workers=workers, timeout_s=timeout_s))
+    await opened.start()
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def values(pool: RewardPool, *completions: str) -> Sequence[float | None]:
+    """What the brought function says."""
+    return (await pool.score(completions, {"answer": "#### 2"}))[1]
+
+
+async def pid_of_worker(pool: RewardPool) -> int:
+    (pid,) = await values(pool, "pid")
+    assert pid is not None
+    return int(pid)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process that is not our child is gone, or waits only to be reaped."""
+    try:
+        process = psutil.Process(pid)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(2)
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            assert rewards.names == ["gsm8k", "evil:score"]
+            table = await rewards.score(["#### 2", "#### 3", "2"], {"answer": "1+1=2\n#### 2"})
+            assert table == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason", "survives"),
+    [
+        ("raise", "evil:score raised ZeroDivisionError: division by zero", True),
+        ("text", "evil:score raised ValueError: could not convert string to float: 'good'", True),
+        ("nan", "evil:score raised ValueError: expected a finite number, got nan", True),
+        ("allocate", "evil:score raised MemoryError", True),
+        ("hang", "evil:score gave no answer within 1 s", False),
+        ("spin", "evil:score gave no answer within 1 s", False),
+        ("exit", r"evil:score ended its process \(exit code 3\)", False),
+        ("die", r"evil:score ended its process \(exit code 7\)", False),
+    ],
+)
+def test_a_failure_has_a_name_and_a_reason_and_costs_one_call(
+    tmp_path: Path, completion: str, reason: str, survives: bool
+) -> None:
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            before = await pid_of_worker(rewards)
+            started = time.monotonic()
+            with pytest.raises(RewardFailed, match=reason):
+                await values(rewards, "fine", completion)
+            assert (await pid_of_worker(rewards) == before) == survives
+            assert time.monotonic() - started < TIMEOUT_S + 8  # it is killed and replaced, not waited for
+            assert await values(rewards, "fine", "") == [4.0, 0.0]
+
+    asyncio.run(go())
+
+
+def test_the_deadline_ends_everything_that_reward_code_started(tmp_path: Path) -> None:
+    async def go() -> int:
+        async with pool(tmp_path, pids=str(tmp_path / "pid")) as rewards:
+            with pytest.raises(RewardFailed, match="gave no answer within 1 s"):
+                await values(rewards, "child")
+            return int((tmp_path / "pid").read_text())
+
+    assert has_ended(asyncio.run(go()))
+
+
+def test_what_reward_code_prints_does_not_disturb_the_pipe(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            assert await values(rewards, "print", "after") == [1.0, 5.0]
+
+    asyncio.run(go())
+
+
+def test_workers_see_nothing_of_our_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_LOGGING_LEVEL", "OMP_NUM_THREADS", "SECRET_TOKEN"):
+        monkeypatch.setenv(name, "1")
+
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            environment = psutil.Process(await pid_of_worker(rewards)).environ()
+            assert set(environment) <= {"PATH", "HOME", "PYTHONPATH", "LANG", "LC_CTYPE"}
+            assert await values(rewards, "environment") == [float(len(environment))]
+
+    asyncio.run(go())
+
+
+def test_a_hanging_call_does_not_hold_up_another_worker(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with pool(tmp_path, workers=2, timeout_s=30.0) as rewards:
+            hanging = asyncio.create_task(values(rewards, "hang"))
+            for _ in range(20):
+                assert await asyncio.wait_for(values(rewards, "abc"), 20) == [3.0]
+            assert not hanging.done()
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+            both = await asyncio.wait_for(asyncio.gather(pid_of_worker(rewards), pid_of_worker(rewards)), 20)
+            assert len(set(both)) == 2  # the worker of the cancelled call was replaced
+
+    asyncio.run(go())
+
+
+def test_closing_leaves_no_worker_behind(tmp_path: Path) -> None:
+    async def go() -> list[int]:
+        async with pool(tmp_path, workers=2) as rewards:
+            return list(await asyncio.gather(pid_of_worker(rewards), pid_of_worker(rewards)))
+
+    assert not [pid for pid in asyncio.run(go()) if psutil.pid_exists(pid)]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        ("def other(completion): return 1", "expected a function score"),
+        ("import os; os._exit(9)", "ended its process"),
+    ],
+)
+def test_reward_code_that_cannot_be_loaded_stops_the_start(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "broken.py").write_text(code)
+
+    async def go() -> None:
+        rewards = RewardPool(RewardsConfig(functions=(RewardConfig(use=f"{tmp_path / 'broken.py'}:score"),)))
+        try:
+            with pytest.raises(ConfigError, match=f"the reward code cannot be loaded: .*{said}"):
+                await rewards.start()
+        finally:
+            await rewards.close()
+
+    asyncio.run(go())
+
+
+def test_a_worker_imports_nothing_heavy() -> None:
+    code = "import sys, actors.rewards.worker; print([n for n in ('torch', 'numpy', 'vllm') if n in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.stdout.strip() == "[]", ended.stderr

@@ -1,0 +1,154 @@
+"""Reward functions: what GSM8K's rules accept, and how each shape that people bring is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.rewards.gsm8k import gsm8k, gsm8k_flexible, reference
+from actors.rewards.registry import resolve, value_of
+from protocol.errors import ConfigError
+
+ANSWER = "48/2=24\n48+24=72\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("#### 72", 1.0),
+        ("so it is\n#### 72", 1.0),
+        ("#### 72$", 1.0),
+        ("#### 7,2", 1.0),  # commas are dropped wherever they stand
+        ("#### 71 and then #### 72", 1.0),  # the last one counts
+        ("#### 72 and then #### 71", 0.1),
+        ("#### 72.", 0.1),  # compared as text
+        ("#### 72.0", 0.1),
+        ("#### -72", 0.1),
+        ("#### ,", 0.1),  # found, though empty without its comma
+        ("####72", 0.0),
+        ("####  72", 0.0),
+        ("#### $72", 0.0),
+        ("#### \u221272", 0.0),  # a minus sign that is no hyphen
+        ("72", 0.0),
+        ("", 0.0),
+        ("#### 72" + "." * 292, 0.1),  # dots belong to the number
+        ("#### 72" + "x" * 293, 1.0),  # 300 characters, all looked at
+        ("#### 72" + "x" * 294, 0.0),  # the first # is out of sight
+    ],
+)
+def test_the_strict_rule_wants_the_number_behind_four_signs(completion: str, score: float) -> None:
+    assert gsm8k(completion, ANSWER, format_score=0.1) == score
+    assert gsm8k(completion, ANSWER) == (1.0 if score == 1.0 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("it is 72", 1.0),
+        ("####72", 1.0),
+        ("71, no, 72 dollars", 1.0),
+        ("it is 72 ...", 0.1),  # three dots are a number to this rule
+        ("it is 72 . ", 1.0),  # one dot is not
+        ("it is 72.", 0.1),
+        ("it is 7,2", 0.1),
+        (".", 0.1),  # found, as nothing better was
+        ("no number", 0.0),
+        ("72" + "x" * 299, 0.1),  # only the 2 is within 300 characters
+    ],
+)
+def test_the_flexible_rule_takes_the_last_number_of_the_text(completion: str, score: float) -> None:
+    assert gsm8k_flexible(completion, ANSWER, format_score=0.1) == score
+
+
+def test_a_reference_is_the_rows_answer_or_the_number_itself() -> None:
+    assert reference(ANSWER) == reference("72") == reference(" 72\n") == "72"
+    assert reference("a lot\n#### 1,080") == reference("1,080") == "1080"
+    assert reference("#### -7") == "-7"
+
+
+def load(tmp_path: Path, code: str, **arguments: Any) -> Any:
+    (tmp_path / "mine.py").write_text(code)
+    return resolve(f"{tmp_path / 'mine.py'}:score", 1.0, arguments)
+
+
+COLUMNS = {"answer": "ab", "level": 3, "data_source": "somewhere", "extra_info": {"index": 1}}
+
+
+VERL = """
+def score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": len(solution_str) + len(ground_truth), "other": 1}
+"""
+OBJECT = """
+class Score:
+    def __call__(self, completion, answer): return len(completion) + len(answer)
+score = Score()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def score(completion, answer): return len(completion) + len(answer)",
+        "def score(completion, **columns): return len(completion) + len(columns['answer'])",
+        "def score(completions, answer, **rest): return [len(c) + len(a) for c, a in zip(completions, answer)]",
+        "def score(completions, **columns): return [len(c) + len(columns['answer'][0]) for c in completions]",
+        VERL,
+        OBJECT,
+    ],
+    ids=["ours", "ours with all columns", "TRL", "TRL with all columns", "verl", "an object"],
+)
+def test_each_shape_is_called_with_what_it_asks_for(tmp_path: Path, code: str) -> None:
+    assert load(tmp_path, code).score(["x", "xyz"], COLUMNS) == [3.0, 5.0]
+
+
+def test_verl_code_gets_the_source_and_the_extra_columns(tmp_path: Path) -> None:
+    code = (
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return (data_source, ground_truth, extra_info) == ('somewhere', 'truth', {'index': 1})"
+    )
+    assert load(tmp_path, code).score(["x"], COLUMNS | {"ground_truth": "truth"}) == [1.0]
+
+
+def test_arguments_of_the_settings_reach_the_function(tmp_path: Path) -> None:
+    code = "def score(completion, answer, scale=1): return scale * len(completion)"
+    assert load(tmp_path, code, scale=5).score(["xy"], COLUMNS) == [10.0]
+    assert resolve("gsm8k", 1.0, {"format_score": 0.25}).score(["#### 1"], {"answer": "2"}) == [0.25]
+
+
+def test_no_opinion_is_not_zero() -> None:
+    assert value_of(None) is value_of({"score": None}) is None
+    assert value_of({"score": 0}) == value_of(False) == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", [1.0]])
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        value_of(value)
+
+
+def test_a_group_function_owes_one_score_for_each_completion(tmp_path: Path) -> None:
+    reward = load(tmp_path, "def score(completions, **columns): return [1.0]")
+    with pytest.raises(ValueError, match="2 completions were given, 1 scores came back"):
+        reward.score(["a", "b"], COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        ("gms8k", "expected a reward of gsm8k, gsm8k_flexible or FILE.py:NAME, got gms8k"),
+        ("mine.py", "expected a reward of gsm8k, gsm8k_flexible or FILE.py:NAME, got mine.py"),
+        ("none.py:score", "expected reward code in none.py, there is no such file"),
+    ],
+)
+def test_a_name_that_is_nobodys_is_refused(use: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(use, 1.0, {})
+
+
+def test_a_function_that_we_cannot_call_is_refused_by_its_parameters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"its parameters are \(text, gold\); rename them"):
+        load(tmp_path, "def score(text, gold): return 1")
+    with pytest.raises(ConfigError, match=r"expected a function score in .*mine\.py, there is none"):
+        load(tmp_path, "def other(completion): return 1")
