@@ -23,7 +23,7 @@ demo: setup ## a tiny model learns sums by asynchronous RL while you watch, abou
 	@$(BIN)/python launch/cluster.py --recipe demo $(if $(SEED),--run.seed $(SEED)) $(ARGS)
 
 demo-seeds: setup ## the demo under three seeds, with its promises checked
-	@$(BIN)/python tools/demo_seeds.py $(ARGS)
+	@$(BIN)/python bench/demo.py $(ARGS)
 
 test: setup ## all tests (ARGS="-k codec -x": some of them)
 	@$(BIN)/python -m pytest $(ARGS)

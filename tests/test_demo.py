@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo_seeds import GAINS, STARTS_BETWEEN, Outcome, run_demo
+from bench.demo import GAINS, STARTS_BETWEEN, Outcome, run_demo
 
 
 @pytest.mark.timeout(600)

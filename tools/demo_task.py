@@ -52,7 +52,9 @@ def write_problems(folder: Path, seed: int) -> list[str]:
     for name, problems in (("train", train), ("test", held_out), ("warmup", shown)):
         lines = [json.dumps(problem._asdict()) + "\n" for problem in problems]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"made {len(train)} word problems to train on, {len(held_out)} to test with, {len(shown)} to imitate in {folder}")
+    print(
+        f"made {len(train)} word problems to train on, {len(held_out)} to test with, {len(shown)} to imitate: {folder}"
+    )
     return [text for problem in shown for text in problem]
 
 

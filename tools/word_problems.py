@@ -1,10 +1,11 @@
 """The demo's task: word problems in GSM8K's form (question, reasoning, `#### 12`), generated with a seed.
 
-Pure; `tools/demo_task.py` writes the rows before a demo starts. A story has one or two changes, and there are two ways to
-answer: to write the sums down ("7+5=12, 12-4=8."), or hastily, with a number at once that is right now and then. The rows
-to train and to test with are all worked. Those of the supervised warm start are of mixed quality, as collected answers are,
-and most are hasty, about some people more than about others: a tiny model that imitates them has both habits and prefers
-the worse one. Which one is worth having is what the reward teaches it. No question of the held-out rows stands in any other row.
+Pure; `tools/demo_task.py` writes the rows before a demo starts. A story has one or two changes, and there are two
+ways to answer: to write the sums down ("7+5=12, 12-4=8."), or hastily, with a number at once that is right now and
+then. The rows to train and to test with are all worked. Those of the supervised warm start are of mixed quality, as
+collected answers are, and most are hasty, about some people more than about others: a tiny model that imitates them
+has both habits and prefers the worse one. Which one is worth having is what the reward teaches it. No question of the
+held-out rows stands in any other row.
 """
 
 from __future__ import annotations

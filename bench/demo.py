@@ -1,7 +1,7 @@
 """Runs the demo for several seeds and says whether each kept its promise: `make demo-seeds`.
 
-The promise: held-out greedy accuracy starts between 15% and 55%, ends at least 20 points higher, and the whole run takes at
-most six minutes. Exits 1 if a seed broke it.
+The promise: held-out greedy accuracy starts between 15% and 55%, ends at least 20 points higher, and the whole run
+takes at most six minutes. Exits 1 if a seed broke it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 STARTS_BETWEEN, GAINS, TAKES_AT_MOST_S = (0.15, 0.55), 0.20, 360.0
 
 
