@@ -94,9 +94,12 @@ class Link:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._thread.start()
-        self._session: Session = self._wait(
-            Session.open(addresses, key, self._hello, timeout_s=wait_s), "the broker's welcome"
-        )
+        try:
+            opening = Session.open(addresses, key, self._hello, timeout_s=wait_s)
+            self._session: Session = self._wait(opening, "the broker's welcome")
+        except BaseException:
+            self._end_thread()
+            raise
         self._session.on_epoch = self._introduced_again
         self._beats = asyncio.run_coroutine_threadsafe(self._beat_forever(), self._loop)
 
@@ -157,8 +160,13 @@ class Link:
         self._beats.cancel()
         with contextlib.suppress(PeerTimeout):  # the broker is gone; so are we
             self._wait(self._session.close(farewell=reason), "the farewell", timeout_s=5.0)
+        self._end_thread()
+
+    def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _hello(self) -> Hello:
         standing = self._told = self._standing
