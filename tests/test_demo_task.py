@@ -16,7 +16,19 @@ from broker.prompts import PromptSource
 from broker.tokenizer import ChatTokenizer
 from protocol.settings import Value, build, read_recipe
 from tools.demo_task import NUM_HELD_OUT, NUM_SHOWN, NUM_TRAIN
-from tools.word_problems import GAINS, HASTY, HASTY_AND_RIGHT, HIGHEST, LOSSES, LOWEST, Problem, demonstrations, split
+from tools.word_problems import (
+    GAINS,
+    HASTY_AND_RIGHT,
+    HIGHEST,
+    LEAST_HASTY,
+    LOSSES,
+    LOWEST,
+    MOST_HASTY,
+    NAMES,
+    Problem,
+    demonstrations,
+    split,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,14 +87,16 @@ def test_a_seed_gives_the_same_problems_and_another_seed_others(
     assert split(4, NUM_TRAIN, NUM_HELD_OUT)[1] != problems[1]
 
 
-def test_most_demonstrations_are_hasty_and_few_of_those_are_right() -> None:
-    shown = demonstrations(3, 4000, NUM_HELD_OUT)
+def test_most_demonstrations_are_hasty_and_of_those_as_many_are_right_as_said() -> None:
+    shown = demonstrations(3, 6000, NUM_HELD_OUT)
     hasty = [problem for problem in shown if "=" not in problem.answer]
-    right = [problem for problem in shown if gsm8k(problem.answer, str(story_value(problem.question))) == 1.0]
-    assert abs(len(hasty) / len(shown) - HASTY) < 0.04
-    assert abs(sum(problem in hasty for problem in right) / len(hasty) - HASTY_AND_RIGHT) < 0.04
-    assert {problem.question for problem in shown if problem not in hasty} <= {problem.question for problem in right}
-    assert 0.5 < HASTY < 1.0
+    right = {p.question for p in shown if gsm8k(p.answer, str(story_value(p.question))) == 1.0}
+    assert len(hasty) > len(shown) / 2
+    assert abs(sum(problem.question in right for problem in hasty) / len(hasty) - HASTY_AND_RIGHT) < 0.04
+    assert {problem.question for problem in shown if problem not in hasty} <= right
+    for name, share in ((NAMES[0], LEAST_HASTY), (NAMES[-1], MOST_HASTY)):
+        about = [problem for problem in shown if problem.question.startswith(name)]
+        assert abs(sum(problem in hasty for problem in about) / len(about) - share) < 0.1
 
 
 def test_no_demonstration_answers_a_held_out_question() -> None:

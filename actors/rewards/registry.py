@@ -129,5 +129,8 @@ def _load(file: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises when it is imported
+        raise ConfigError(f"importing {file} raised {type(error).__name__}: {error}; mend the file") from error
     return module
