@@ -72,6 +72,7 @@ class Generator:
         self._apply_s, self._pause_s, self._updates = 0.0, 0.0, 0
         session.on_hint = self._hinted
         session.on_epoch = self._void
+        session.on_over = self._ended
 
     async def run(self) -> None:
         """Work until told to leave. Raises what ended it: EngineDead, PeerTimeout, ProtocolError."""
@@ -90,8 +91,11 @@ class Generator:
         """Drop every lease and end `run`; the session's farewell hands them back."""
         self._leaving.set()
 
+    def _ended(self, reason: str) -> None:
+        log.info("%s: this generator leaves", reason)
+        self.leave()
+
     # --- Leases
-    # ---------------------------------------------------------------------------------------------------------
 
     async def _pull_leases(self, tasks: asyncio.TaskGroup) -> None:
         while not self._leaving.is_set():
@@ -171,7 +175,6 @@ class Generator:
         return result(lease, sample, epoch, completion, score.reward, score.rewards, seconds)
 
     # --- Weights
-    # ----------------------------------------------------------------------------------------------------------
 
     async def _follow_weights(self) -> None:
         """Apply the newest version whenever there is one, except while an evaluation needs the one we hold."""
@@ -221,7 +224,6 @@ class Generator:
             self._changed.set()
 
     # --- Reports
-    # -------------------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
         assert self._session.welcome is not None

@@ -3,7 +3,7 @@
 vLLM calls `register` in the front-end, in every engine core and in every worker, because it is declared as the entry
 point `tether` of `vllm.general_plugins`. That every parameter is loaded rests on
 `SnapshotTransferEngine.receive_weights`; that no head keeps old weights, on its `finish_weight_update`; that no
-engine core outlives its generator, on `guard_against_orphanhood`.
+engine core outlives its generator, on `protocol/parent.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +30,8 @@ from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from actors.snapshot_tensors import snapshot_tensors
 from actors.vllm_settings import PLUGIN
-from protocol.errors import Exit
+from protocol.parent import leave_with
 from protocol.weights import Snapshot, SnapshotError
-
-ORPHAN_POLL_S = 0.5
 
 NEEDLESS_WARNINGS = (
     "vllm.model_executor.model_loader.reload.layerwise",  # at every load, of layers that have nothing to be loaded
@@ -53,18 +48,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(PLUGIN, SnapshotTransferEngine)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        guard = threading.Thread(target=guard_against_orphanhood, args=(parent.pid,), name="orphan-guard", daemon=True)
-        guard.start()
-
-
-def guard_against_orphanhood(parent_pid: int) -> None:
-    """Leave when the parent is gone: vLLM's engine core would wait for ever, and hold the device's memory.
-
-    Polled, because the kernel's parent-death signal already fires when the parent's spawning thread ends.
-    """
-    while os.getppid() == parent_pid:
-        time.sleep(ORPHAN_POLL_S)
-    os._exit(Exit.ORPHAN)
+        leave_with(parent.pid)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import zmq
 from broker.outcome import Later
 from protocol.codec import Frames, Header, decode, encode
 from protocol.errors import ProtocolError
-from protocol.messages import Message, Refused, Role, VersionHint
+from protocol.messages import Message, Over, Refused, Role, VersionHint
 from protocol.sockets import AllowList
 
 log = logging.getLogger("tether.broker")
@@ -44,6 +45,7 @@ class Handler(Protocol):
     def undelivered(self, answer: Message) -> None: ...
     def tick(self, now: float) -> None: ...
     def take_hints(self) -> list[tuple[bytes, VersionHint]]: ...
+    def farewells(self) -> list[tuple[bytes, Over]]: ...
 
 
 @dataclass(eq=False)
@@ -84,7 +86,8 @@ class Server:
                     self._drain(socket)
             self._service.tick(time.monotonic())
             self._retry_parked()
-            self._push_hints()
+            self._push(self._service.take_hints())
+        self._push(self._service.farewells())
 
     def _drain(self, socket: zmq.Socket[Any]) -> None:
         for _ in range(BURST):
@@ -140,9 +143,9 @@ class Server:
                 del self._parked[place]
                 self._answer(question, overdue)
 
-    def _push_hints(self) -> None:
-        for route, hint in self._service.take_hints():
-            self._transmit(self._control, route, hint, Header(self._service.epoch, 0, 0))
+    def _push(self, messages: Sequence[tuple[bytes, Message]]) -> None:
+        for route, message in messages:
+            self._transmit(self._control, route, message, Header(self._service.epoch, 0, 0))
 
     def _send(self, question: Question, answer: Message) -> None:
         header = Header(self._service.epoch, question.frames.header.session, question.frames.header.sequence)

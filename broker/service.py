@@ -34,6 +34,7 @@ from protocol.messages import (
     Hello,
     Leases,
     Message,
+    Over,
     Publish,
     Pull,
     Release,
@@ -76,6 +77,10 @@ class Service:
         """Pushes that are due, each with its route."""
         self._run.hints, hints = [], self._run.hints
         return hints
+
+    def farewells(self) -> list[tuple[bytes, Over]]:
+        """What generators are told when this broker ends in order: with it the run does."""
+        return [(peer.route, Over(reason="the run is over")) for peer in self._run.peers.of_role(Role.GENERATOR)]
 
     def tick(self, now: float) -> None:
         """What time brings: lost leases, silent peers, the watchdog, an evaluation that waited for another."""

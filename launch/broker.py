@@ -16,11 +16,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
 
 from launch.log_lines import log_to_stderr
-from launch.parent import leave_with_parent
 from protocol import settings
 from protocol.addresses import Addresses, host_identity
 from protocol.errors import Exit, TetherError
 from protocol.keys import allowed_keys, read_server_key
+from protocol.parent import leave_with_parent
 from protocol.sockets import AllowList, bind_router, broker_context, self_test, start_authenticator
 
 log = logging.getLogger("tether.broker")

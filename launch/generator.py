@@ -26,13 +26,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
 
 from launch.log_lines import log_to_stderr
-from launch.parent import leave_with_parent
 from protocol import settings
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
 from protocol.errors import Exit, PeerTimeout, TetherError
 from protocol.keys import read_client_key
 from protocol.messages import Beat, Hello, Role
+from protocol.parent import leave_with_parent
 from protocol.rewards import reward_digest, with_files
 from protocol.session import Session
 from protocol.shared_memory import private_folder

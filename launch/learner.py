@@ -17,9 +17,9 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
 
 from launch.log_lines import log_to_stderr
-from launch.parent import leave_with_parent
 from protocol import settings
 from protocol.errors import Exit, TetherError
+from protocol.parent import leave_with_parent
 
 log = logging.getLogger("tether.learner")
 

@@ -5,7 +5,7 @@ starts no other children meanwhile.
 
 That no process outlives the run rests on `_clear`: every session is killed as a group, and because this process is the
 subreaper of all it started, whatever left its group becomes our child and is found there. A SIGKILL of this process
-itself is answered by the children (`launch/parent.py`). What follows from an end is decided in `launch/restarts.py`.
+itself is answered by the children (`protocol/parent.py`). What follows from an end is decided in `launch/restarts.py`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.logs import first_error, last_line, read_from
-from launch.parent import PARENT_VARIABLE
 from launch.plan import Process, ProcessRole
 from launch.restarts import describe_end
 from protocol.errors import Exit
+from protocol.parent import PARENT_VARIABLE
 
 KILL_S = 1.5
 """How long the kernel may take to end a killed process."""

@@ -14,6 +14,7 @@
     learner rank 0      Publish, Advance, Evaluate  control  Done | Refused
     supervisor          Drain                       control  Done
     broker              VersionHint                 control  nothing: a hint, repeated in every BeatAnswer
+    broker              Over                        control  nothing: the run has ended, and so may its generators
 
 Any request may be answered by Refused. A request is repeated until it is answered, so every handler is idempotent.
 A field gets a default when it is added; none is renamed, reordered or retyped: anything else raises PROTOCOL_VERSION.
@@ -200,6 +201,12 @@ class BeatAnswer(Message):
 class VersionHint(Message):
     version: Natural
     digest: Name
+
+
+class Over(Message):
+    """The broker's last word."""
+
+    reason: Text = ""
 
 
 class StatusRequest(Message):
@@ -393,6 +400,6 @@ class Evaluate(Message):
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Refused, Done, Wait, Finished, Beat, BeatAnswer, VersionHint, StatusRequest, StatusAnswer, Bye,
     Drain, Pull, Leases, Release, Result, Verdict, FetchManifest, ManifestAnswer, FetchChunk, FetchFile, Bytes,
-    Take, SharePage, Publish, Advance, Evaluate,
+    Take, SharePage, Publish, Advance, Evaluate, Over,
 )  # fmt: skip
 """A message's number on the wire is its place here: append only."""

@@ -17,7 +17,7 @@ from protocol.channel import Channel
 from protocol.codec import Frames
 from protocol.errors import PeerTimeout, ProtocolError
 from protocol.keys import ClientKey
-from protocol.messages import Bye, Hello, Message, Refused, VersionHint, Welcome
+from protocol.messages import Bye, Hello, Message, Over, Refused, VersionHint, Welcome
 
 
 class Session:
@@ -28,6 +28,7 @@ class Session:
         self.welcome: Welcome | None = None
         self.on_epoch: Callable[[int], None] = lambda epoch: None
         self.on_hint: Callable[[VersionHint], None] = lambda hint: None
+        self.on_over: Callable[[str], None] = lambda reason: None
         self._hello = hello
         self._control = Channel(addresses.control, key, self._pushed)
         self._bulk = Channel(addresses.bulk, key)
@@ -103,3 +104,5 @@ class Session:
     def _pushed(self, frames: Frames) -> None:
         if isinstance(frames.message, VersionHint) and frames.header.epoch == self.epoch:
             self.on_hint(frames.message)
+        elif isinstance(frames.message, Over):
+            self.on_over(frames.message.reason)

@@ -206,3 +206,45 @@ def test_a_worker_imports_nothing_heavy() -> None:
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert ended.stdout.strip() == "[]", ended.stderr
+
+
+STUCK = """
+import asyncio, sys
+from pathlib import Path
+from tests.test_reward_pool import pid_of_worker, pool
+
+async def main() -> None:
+    async with pool(Path(sys.argv[1]), timeout_s=600.0) as rewards:
+        print(await pid_of_worker(rewards), flush=True)
+        await rewards.score(["spin"], {"answer": ""})
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_that_is_stuck_leaves_with_its_killed_generator(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait(10)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker.wait(10)
+
+
+def test_a_replacement_that_cannot_be_loaded_is_an_error_of_that_call_and_tried_again_by_the_next(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with pool(tmp_path) as rewards:
+            code = (tmp_path / "evil.py").read_text()
+            with pytest.raises(RewardFailed, match="ended its process"):
+                await values(rewards, "die")
+            (tmp_path / "evil.py").write_text("raise OSError('no such table')")
+            with pytest.raises(RewardFailed, match=r"importing .*evil.py raised OSError: no such table; mend the file"):
+                await values(rewards, "good")
+            (tmp_path / "evil.py").write_text(code)
+            assert await values(rewards, "good") == [4.0]
+
+    asyncio.run(run())

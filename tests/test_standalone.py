@@ -118,6 +118,19 @@ def test_a_generator_joins_a_running_job_and_may_be_killed_in_it(tmp_path: Path)
     assert (ledger["trained"], ledger["failed"]) == (40, 0)
 
 
+def test_a_generator_leaves_when_the_broker_ends_in_order(tmp_path: Path) -> None:
+    config = make_run(tmp_path, run={"steps": 2})
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config) as learner:
+        guest = joined(tmp_path, "guest")
+        wait_until(lambda: accepted_of(service, "guest"), "it contributes")
+        while learner.step():
+            pass
+    with ended(guest):
+        assert guest.wait(10) == Exit.DONE
+        _, said = guest.communicate(timeout=10)
+    assert "the run is over: this generator leaves" in said
+
+
 def test_a_generator_that_is_asked_to_leave_hands_its_leases_back_and_is_soon_gone(tmp_path: Path) -> None:
     config = slow_run(tmp_path)
     with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config):

@@ -25,7 +25,7 @@ STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(
 FAIL = "raise ValueError('the first error')"
 WATCH_PARENT = """
 import os, signal
-from launch.parent import leave_with_parent
+from protocol.parent import leave_with_parent
 leave_with_parent(os.environ)
 print('up')
 signal.pause()

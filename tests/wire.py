@@ -37,6 +37,9 @@ class SmallService:
     def tick(self, now: float) -> None:
         pass
 
+    def farewells(self) -> list[Any]:
+        return []
+
     def take_hints(self) -> list[Any]:
         return []
 
@@ -85,5 +88,5 @@ def serving(run_dir: Path, service: Any, addresses: Addresses | None = None) -> 
         server.stop()
         thread.join(10)
         authenticator.stop()
-        context.destroy(linger=0)
+        context.destroy(linger=200)  # as the broker's main does: its last words are sent
         assert not thread.is_alive()

@@ -93,7 +93,7 @@ class RewardPool:
 
     def __init__(self, settings: RewardsConfig) -> None:
         self._settings = settings
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: killed, to be started by the next call
         self._workers: set[_Worker] = set()
         self.names: list[str] = []
 
@@ -105,17 +105,21 @@ class RewardPool:
     async def score(self, completions: Sequence[str], columns: Mapping[str, Any]) -> list[list[float | None]]:
         """Values [functions][completions] of one prompt's completions; None is no opinion. Raises RewardFailed."""
         worker = await self._idle.get()
-        replace = True
+        healthy: _Worker | None = None
         try:
+            worker = worker or await self._new_worker()
             async with asyncio.timeout(self._settings.timeout_s):
                 answer = await worker.ask({"completions": list(completions), "columns": dict(columns)})
-            replace = False
+            healthy = worker
         except TimeoutError:
-            raise RewardFailed(
-                f"{worker.calling or 'scoring'} gave no answer within {self._settings.timeout_s:g} s"
-            ) from None
+            culprit = (worker and worker.calling) or "scoring"
+            raise RewardFailed(f"{culprit} gave no answer within {self._settings.timeout_s:g} s") from None
+        except ConfigError as error:  # of a replacement: the code could be loaded when the run began
+            raise RewardFailed(str(error)) from None
         finally:
-            self._idle.put_nowait(await self._replaced(worker) if replace else worker)
+            self._idle.put_nowait(healthy)
+            if healthy is None and worker is not None:
+                await self._discard(worker)
         if "failed" in answer:
             raise RewardFailed(f"{worker.calling} raised {answer['failed']}")
         table: list[list[float | None]] = answer["done"]
@@ -126,25 +130,25 @@ class RewardPool:
             await worker.kill()
         self._workers.clear()
 
-    async def _replaced(self, worker: _Worker) -> _Worker:
+    async def _discard(self, worker: _Worker) -> None:
         self._workers.discard(worker)
         await worker.kill()
-        return await self._new_worker()
 
     async def _new_worker(self) -> _Worker:
+        """Raises ConfigError if the functions cannot be loaded."""
         worker = await _Worker.start()
         self._workers.add(worker)
         functions = [(function.use, function.weight, dict(function.args)) for function in self._settings.functions]
         try:
             async with asyncio.timeout(START_S):
                 answer = await worker.ask({"functions": functions})
+            reason = answer.get("failed", "")
         except TimeoutError:
-            raise ConfigError(
-                f"the reward code was not loaded within {START_S:.0f} s; does importing it wait for something?"
-            ) from None
+            reason = f"it was not done within {START_S:.0f} s; does importing it wait for something?"
         except RewardFailed as error:
-            raise ConfigError(f"the reward code cannot be loaded: {error}") from None
-        if "failed" in answer:
-            raise ConfigError(f"the reward code cannot be loaded: {answer['failed']}")
+            reason = str(error)
+        if reason:
+            await self._discard(worker)
+            raise ConfigError(f"the reward code cannot be loaded: {reason}")
         self.names = answer["ready"]
         return worker

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import msgpack
 
 from actors.rewards.registry import Reward, resolve
+from protocol.parent import leave_with
 
 MEMORY_BYTES = 4 << 30
 
@@ -24,6 +25,7 @@ def main() -> None:
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    leave_with(os.getppid())  # also when reward code hangs and never sees that its pipe is closed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     rewards: list[Reward] = []
     while (call := read(incoming)) is not None:
