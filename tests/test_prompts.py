@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from broker.prompts import PromptSource, TooLong
+from broker.prompts import MAX_COLUMNS_CHARACTERS, PromptSource, Unusable
 from broker.tokenizer import ChatTokenizer
 from protocol.config import Config
 from protocol.errors import ConfigError
@@ -129,7 +129,7 @@ def test_a_prompt_is_the_question_in_the_models_template_with_system_and_suffix(
     assert isinstance(prompt, Prompt)
     text = tokenizer.decode(prompt.tokens, skip_special_tokens=False)
     assert text == "<|system|>Be brief.<|user|>What is 4 + 1? Think.<|assistant|>"
-    assert prompt.columns == {"answer": ROWS[4]["answer"], "level": 4}
+    assert prompt.columns == {**ROWS[4], "prompt": ROWS[4]["question"], "level": 4}
     assert (prompt.number, prompt.row) == (4, 4)
 
 
@@ -147,11 +147,16 @@ def test_a_prompt_that_is_too_long_is_said_to_be(model: Path, tmp_path: Path) ->
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write("\n" + json.dumps({"question": "1 " * 40, "answer": "#### 1"}))
     source = PromptSource(config, ChatTokenizer(model))
-    found = source.prompt(7)
-    assert isinstance(found, TooLong)
-    assert found.number == 7
-    assert found.num_tokens > 80
+    assert source.prompt(7) == Unusable(7, "prompt_too_long")
     assert isinstance(source.prompt(6), Prompt)
+
+
+def test_a_row_that_is_too_large_for_a_lease_is_said_to_be(model: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, {"shuffle": False})
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"question": "1", "answer": "#### 1", "notes": "x" * MAX_COLUMNS_CHARACTERS}))
+    source = PromptSource(config, ChatTokenizer(model))
+    assert source.prompt(7) == Unusable(7, "row_too_large")
 
 
 def test_data_of_which_nothing_fits_is_refused_at_once(model: Path, tmp_path: Path) -> None:

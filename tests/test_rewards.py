@@ -152,3 +152,12 @@ def test_a_function_that_we_cannot_call_is_refused_by_its_parameters(tmp_path: P
         load(tmp_path, "def score(text, gold): return 1")
     with pytest.raises(ConfigError, match=r"expected a function score in .*mine\.py, there is none"):
         load(tmp_path, "def other(completion): return 1")
+
+
+def test_a_reward_in_trls_shape_gets_the_prompts_too(tmp_path: Path) -> None:
+    file = tmp_path / "brought.py"
+    file.write_text(
+        "def echo(prompts, completions, **columns):\n    return [float(p == c) for p, c in zip(prompts, completions)]\n"
+    )
+    scores = resolve(f"{file}:echo", 1.0, {}).score(["a", "b"], {"prompt": "a", "answer": "x"})
+    assert scores == [1.0, 0.0]

@@ -4,7 +4,7 @@ Runs in a reward worker. A function is a built-in name or FILE.py:NAME, in one o
 parameters:
 
     (completion, answer, ...)                                Tether's own: text in, number out
-    (completions, **columns)                                 TRL's: lists in, list out; columns as lists of equal length
+    (completions, prompts, **columns)                        TRL's: lists in, list out, all of equal length
     (data_source, solution_str, ground_truth, extra_info)    verl's compute_score
 
 A value is a number, None (no opinion), or a dict with `score`.
@@ -89,7 +89,8 @@ def _per_group(
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
 
     def score(completions: Sequence[str], columns: Columns) -> Scores:
-        given = {name: [value] * len(completions) for name, value in columns.items() if takes_all or name in wanted}
+        named = {"prompts" if name == "prompt" else name: value for name, value in columns.items()}  # as TRL names it
+        given = {name: [value] * len(completions) for name, value in named.items() if takes_all or name in wanted}
         values = function(completions=list(completions), **given, **arguments)
         if len(values) != len(completions):
             raise ValueError(f"{len(completions)} completions were given, {len(values)} scores came back")
