@@ -297,7 +297,7 @@ MISTAKES = {
     "reward code that cannot be imported": (
         {"reward": "raises.py:score"},
         Exit.SETTINGS,
-        "generator-0 ended with code 2 (settings): the reward code cannot be loaded: RuntimeError: no such table",
+        "raises.py raised RuntimeError: no such table; mend the file",
     ),
     "a reward that raises every time": (
         {"reward": "key.py:score", "prompts-per-step": 2, "group-size": 2, "sampling.max_tokens": 2},

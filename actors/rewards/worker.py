@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import msgpack
 
 from actors.rewards.registry import Reward, resolve
+from protocol.errors import ConfigError
 from protocol.parent import leave_with
 
 MEMORY_BYTES = 4 << 30
@@ -35,6 +36,8 @@ def main() -> None:
                 write(outgoing, {"ready": [reward.name for reward in rewards]})
             else:
                 write(outgoing, {"done": score(rewards, call["completions"], call["columns"], outgoing)})
+        except ConfigError as error:
+            write(outgoing, {"failed": str(error)[:2000]})
         except Exception as error:  # reward code is the user's: whatever it raises is an answer, not our end
             write(outgoing, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
