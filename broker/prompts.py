@@ -129,8 +129,8 @@ class PromptSource:
         if not found:
             raise ConfigError(
                 f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "
-                f"{source} has no test split, or none with prompts up to {config.data.max_prompt_tokens} tokens; "
-                "set data.eval, or evaluation.every=0"
+                f"{source} has no test split (a single file has none), or none with prompts up to "
+                f"{config.data.max_prompt_tokens} tokens; set data.eval, or --evaluation.every 0"
             )
         return found
 

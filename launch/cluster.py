@@ -21,7 +21,7 @@ from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from launch.own_python import use_own_python
+    from protocol.own_python import use_own_python
 
     use_own_python()
 
@@ -32,11 +32,13 @@ from launch.devices import detect
 from launch.flags import CommandLine, parse
 from launch.make import make
 from launch.plan import Devices, Paths, Plan, implied_settings, plan
-from launch.run_folder import RunFolder, choose_addresses, free_ports, newest_run
+from launch.run_folder import RunFolder, check_run, choose_addresses, free_ports, newest_run
 from launch.status_file import StatusFile
 from launch.summary import summary
 from launch.supervisor import Supervisor, Verdict
+from protocol.addresses import Addresses
 from protocol.errors import ConfigError, Exit, TetherError
+from protocol.rewards import check_rewards
 from protocol.setting_names import known_keys, nearest
 from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
 
@@ -62,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     settings, run_dir, to_make = _settings(command, environ)
+    check_rewards([function.use for function in settings.config.rewards.functions])
+    if settings.config.network.bind:
+        Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
     settings = settings.override(implied_settings(settings.config, devices))
     resume = command.resume is not None
@@ -136,8 +141,10 @@ def _settings(command: CommandLine, environ: Mapping[str, str]) -> tuple[Setting
             if given.name
             else newest_run(Path(given.out))
         )
-        saved = read_saved(run_dir / "config.yaml") if run_dir.is_dir() else []
-        return _absolute(build(saved, outer)), run_dir.resolve(), ""
+        if command.recipe:
+            raise ConfigError("--resume goes on with the settings that the run has; leave --recipe out")
+        check_run(run_dir)
+        return _absolute(build(read_saved(run_dir / "config.yaml"), outer)), run_dir.resolve(), ""
     wanted = command.recipe or ("" if {value.key for value in outer} & {"model.path", "data.train"} else DEFAULT_RECIPE)
     recipe = read_recipe(find_recipe(wanted)) if wanted else None
     settings = _absolute(build(recipe.values if recipe else [], outer))

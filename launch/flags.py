@@ -25,7 +25,7 @@ GROUPS = {
     "the task": {
         "--model": ("model.path", "M"),
         "--dataset": ("data.train", "D"),
-        "--reward": ("rewards.functions", "NAME[:WEIGHT]"),
+        "--reward": ("rewards.functions", "NAME|FILE.py:NAME[:WEIGHT]"),
     },
     "the algorithm": {
         "--max-staleness": ("staleness.max", "S"),

@@ -24,6 +24,9 @@ from typing import Any, TypeVar
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
+    from protocol.own_python import use_own_python
+
+    use_own_python()
 
 from launch.log_lines import log_to_stderr
 from protocol import settings

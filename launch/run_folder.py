@@ -41,10 +41,7 @@ class RunFolder:
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
         """Raises ConfigError if no run lies there, RunLocked if it still goes on."""
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(
-                f"expected a run with a config.yaml to resume, found none in {path}; --resume takes its folder"
-            )
+        check_run(path)
         return cls(path)
 
     def write(self, settings: Settings, command: Sequence[str], addresses: Addresses) -> None:
@@ -57,6 +54,14 @@ class RunFolder:
         fields = {"control": addresses.control, "bulk": addresses.bulk, "run_id": run_id}
         broker.write_text(json.dumps(fields) + "\n")
         make_run_keys(self.path)
+
+
+def check_run(path: Path) -> None:
+    """Raises ConfigError unless a run lies there."""
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"expected a run with a config.yaml to resume, found none in {path}; --resume takes its folder"
+        )
 
 
 def newest_run(out: Path) -> Path:

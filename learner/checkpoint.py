@@ -4,10 +4,10 @@ Written by all learner ranks together, read at any ZeRO stage by any number of t
 name, msgpack, and an `hf/` folder that transformers and vLLM load as it is. That a half-written or damaged checkpoint
 is never resumed rests on the order in `save` (aside, synced, digested, renamed) and on `damage`.
 
-    step_<n>/manifest.json                 format, step, AdamW's count; size and sha256 of every file below
-             training-<k>.safetensors      fp32/<name>, exp_avg/<name>, exp_avg_sq/<name> state.msgpack
-             what the caller adds: ledger, version, settings, random states, counters hf/
-             weights in the computing dtype, config, tokenizer
+    step_<n>/manifest.json             format, step, AdamW's count; size and sha256 of every file below
+             training-<k>.safetensors  fp32/<name>, exp_avg/<name>, exp_avg_sq/<name>
+             state.msgpack             what the caller adds: ledger, version, settings
+             hf/                       weights in the computing dtype, config, tokenizer
 """
 
 from __future__ import annotations

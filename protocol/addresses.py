@@ -39,7 +39,7 @@ class Addresses(NamedTuple):
         host, colon, port = url.removeprefix("tcp://").rpartition(":")
         if not (url.startswith("tcp://") and colon and host and port.isdecimal() and 0 < int(port) < 65535):
             raise ConfigError(
-                f"expected tcp://HOST:PORT with a port below 65535, got {url}; see broker.json in the run folder"
+                f"expected tcp://HOST:PORT with a port below 65535, got {url}; a running job's is in RUN/broker.json"
             )
         return cls(url, f"tcp://{host}:{int(port) + 1}")
 

@@ -113,7 +113,7 @@ class AlgorithmConfig(Section):
 
 class LearnerConfig(Section):
     ranks: PositiveInt = 1
-    """Learner processes, one per device (`--learner-gpus`)."""
+    """Learner processes, one per device."""
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -162,11 +162,11 @@ class RewardConfig(Section):
 
 class RewardsConfig(Section):
     functions: tuple[RewardConfig, ...] = (RewardConfig(use="gsm8k"),)
-    """What scores a completion; the weighted sum is the reward (`--reward NAME[:WEIGHT]`)."""
+    """What scores a completion; the reward is the weighted sum."""
     workers: PositiveInt = 1
     """Processes that score, per generator."""
     timeout_s: PositiveFloat = 30.0
-    """Deadline of one group; past it the worker is killed and the group's samples are errors."""
+    """Deadline of scoring one completion; past it the worker is killed and the completion is an error."""
 
 
 class EvaluationConfig(Section):
@@ -187,7 +187,7 @@ class CheckpointConfig(Section):
 
 class WatchdogConfig(Section):
     warn_s: PositiveFloat = 120.0
-    """Without progress for so long: stacks and the lease table are written down."""
+    """Without progress for so long: who waits for whom, and the leases, are written to the broker's log."""
     stop_s: PositiveFloat = 900.0
     """Without progress for so long: the run ends with a verdict."""
     lease_ttl_s: PositiveFloat = 30.0
@@ -229,7 +229,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Of sampling, data order and made models."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
-    """Where learner and generators compute."""
+    """Where learner and generators compute. npu is planned for and has not been run yet."""
     share_gpu: bool = False
     """Learner and generators share one card."""
     drain_s: PositiveFloat = 60.0

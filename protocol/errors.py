@@ -13,12 +13,12 @@ class Exit(IntEnum):
     """Exit codes of every process that Tether starts."""
 
     DONE = 0
-    SETTINGS = 2  # a setting is wrong
+    SETTINGS = 2  # a setting or the data is wrong
     PREFLIGHT = 3  # the machine cannot run this plan
     ENGINE_STALLED = 70  # a generator's engine died or stood still
     RUN_LOCKED = 73  # another run uses this folder or port
     ORPHAN = 74  # the parent or the broker is gone for good
-    NO_PROGRESS = 75  # the watchdog ended the run
+    NO_PROGRESS = 75  # the broker ended the run: no progress, no signal, or too many prompts that fail
     NUMERIC = 76  # too many non-finite steps
     REFUSED = 77  # the broker refused this process
     INTERRUPTED = 130  # Ctrl-C

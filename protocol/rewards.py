@@ -12,6 +12,22 @@ from pathlib import Path
 from protocol.config import RewardsConfig
 from protocol.errors import ConfigError
 
+BUILT_IN = ("gsm8k", "gsm8k_flexible")
+
+
+def check_rewards(uses: Sequence[str]) -> None:
+    """Raises ConfigError unless each is a built-in name or a function in a file that is there. Runs no code of it."""
+    for use in uses:
+        file, colon, name = use.partition(":")
+        if use in BUILT_IN or (is_file(use) and name and Path(file).is_file()):
+            continue
+        if is_file(use) and colon:
+            raise ConfigError(f"expected reward code in {file}, there is no such file; set --reward")
+        raise ConfigError(
+            f"expected a reward of {', '.join(BUILT_IN)} or FILE.py:NAME, with :NUMBER as its weight, got {use}; "
+            "set rewards.functions or --reward"
+        )
+
 
 def is_file(use: str) -> bool:
     """Whether a reward is FILE.py:NAME, and not a built-in."""

@@ -21,6 +21,10 @@ PASS_THROUGH = tuple(name for name, field in Config.model_fields.items() if typi
 """Sections that are handed to an engine as they are: any name is allowed in them."""
 
 
+TRUNCATING = ("top_p", "top_k", "min_p")
+"""Settings of other systems that users try first, and that there are none of."""
+
+
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every setting's dotted name, without the pass-through sections."""
@@ -80,6 +84,11 @@ def nearest(key: str, candidates: Sequence[str]) -> str:
 
 def unknown(key: str, origin: str, candidates: Sequence[str] = ()) -> ConfigError:
     """The error for a setting that does not exist, naming the nearest that does."""
+    if parts(key)[1] in TRUNCATING:
+        return ConfigError(
+            f"{key} is not a setting ({origin}): truncated sampling is refused for training, because the learner "
+            "cannot reproduce the truncated distribution and every ratio would be biased; leave it out"
+        )
     return ConfigError(f"{key} is not a setting ({origin}); did you mean {nearest(key, candidates or known_keys())}?")
 
 

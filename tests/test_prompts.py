@@ -175,7 +175,7 @@ def test_held_out_prompts_keep_their_order_and_their_own_numbers(model: Path, tm
 def test_a_file_of_training_rows_is_not_its_own_held_out_set(model: Path, tmp_path: Path) -> None:
     config_for(tmp_path)
     train = str(tmp_path / "train.jsonl")
-    with pytest.raises(ConfigError, match=r"train.jsonl has no test split.*set data.eval, or evaluation.every=0"):
+    with pytest.raises(ConfigError, match=r"train.jsonl has no test split.*set data.eval, or --evaluation.every 0"):
         PromptSource(Config.model_validate({"data": {"train": train}}), ChatTokenizer(model))
     without = Config.model_validate({"data": {"train": train}, "evaluation": {"every": 0}})
     assert PromptSource(without, ChatTokenizer(model)).evaluation == []

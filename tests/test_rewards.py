@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from actors.rewards import registry
 from actors.rewards.gsm8k import gsm8k, gsm8k_flexible, reference
 from actors.rewards.registry import resolve, value_of
 from protocol.errors import ConfigError
+from protocol.rewards import BUILT_IN, check_rewards
 
 ANSWER = "48/2=24\n48+24=72\n#### 72"
 
@@ -161,3 +163,23 @@ def test_a_reward_in_trls_shape_gets_the_prompts_too(tmp_path: Path) -> None:
     )
     scores = resolve(f"{file}:echo", 1.0, {}).score(["a", "b"], {"prompt": "a", "answer": "x"})
     assert scores == [1.0, 0.0]
+
+
+def test_what_can_be_refused_before_a_run_starts_is_what_there_is() -> None:
+    assert tuple(registry.BUILT_IN) == BUILT_IN
+    check_rewards(BUILT_IN)
+    for use, words in (
+        ("nope", "expected a reward of gsm8k"),
+        ("gsm8k:abc", "with :NUMBER as its weight"),
+        ("x.py:f", "no such file"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_rewards([use])
+
+
+def test_verls_own_scorer_of_one_dataset_is_called_with_what_it_takes(tmp_path: Path) -> None:
+    file = tmp_path / "brought.py"
+    file.write_text(
+        "def compute_score(solution_str, ground_truth, method='a'):\n    return float(solution_str == ground_truth)\n"
+    )
+    assert resolve(f"{file}:compute_score", 1.0, {}).score(["7", "8"], {"answer": "7"}) == [1.0, 0.0]

@@ -16,6 +16,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from protocol.own_python import use_own_python
+
+    use_own_python()
 
 from protocol.errors import TetherError
 from tools.tiny_model import Shape, train_tokenizer, write_model

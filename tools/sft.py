@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from protocol.own_python import use_own_python
+
+    use_own_python()
 
 from protocol.config import Config, WarmupConfig
 from protocol.errors import ConfigError, TetherError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from launch.own_python import use_own_python
+    from protocol.own_python import use_own_python
 
     use_own_python()
 

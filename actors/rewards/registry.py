@@ -100,12 +100,16 @@ def _per_group(
 
 
 def _verl(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sequence[str], Columns], Scores]:
+    wanted = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+
     def score(completions: Sequence[str], columns: Columns) -> Scores:
-        about = {
+        known = {
             "data_source": columns.get("data_source", ""),
             "ground_truth": columns.get("ground_truth", columns.get("answer")),
             "extra_info": columns.get("extra_info"),
         }
+        about = {name: value for name, value in known.items() if takes_all or name in wanted}
         return [value_of(function(solution_str=text, **about, **arguments)) for text in completions]
 
     return score
