@@ -134,7 +134,9 @@ class Generator:
         lease = running.lease
         try:
             if lease.kind is LeaseKind.EVALUATE and not self._serves(lease.version):
-                await self._session.ask(release(lease, "the weights have moved on", failed=False))
+                await self._session.ask(
+                    release(lease, "the weights have moved on", failed=False), timeout_s=self._config.watchdog.orphan_s
+                )
                 return
             samples = [self._sample(running, sample) for sample in range(lease.samples)]
             await asyncio.gather(*samples)

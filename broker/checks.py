@@ -6,6 +6,8 @@ reason of a refusal goes back to the sender and into the counters.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from protocol.messages import Result
@@ -16,7 +18,9 @@ MAX_MISSING_SHARE = 0.01  # of a completion's log-probabilities
 MAX_REWARD = 1e6  # beyond it a group's mean loses what tells its members apart
 
 
-def invalid_reason(result: Result, *, max_tokens: int, vocab_size: int, versions: range) -> str:
+def invalid_reason(
+    result: Result, *, max_tokens: int, vocab_size: int, versions: range, reward_names: Collection[str]
+) -> str:
     """Why this result cannot be used, or "". `versions`: what its tokens may have been sampled by."""
     if result.error:
         return "" if not len(result.tokens) else "an error with tokens"
@@ -29,7 +33,7 @@ def invalid_reason(result: Result, *, max_tokens: int, vocab_size: int, versions
         return f"{len(result.observed)} observation marks for {length} tokens"
     if int(result.tokens.min()) < 0 or int(result.tokens.max()) >= vocab_size:
         return f"a token outside the vocabulary of {vocab_size}"
-    return _bad_logprobs(result) or _bad_spans(result, length, versions) or _bad_reward(result)
+    return _bad_logprobs(result) or _bad_spans(result, length, versions) or _bad_reward(result, reward_names)
 
 
 def _bad_logprobs(result: Result) -> str:
@@ -54,7 +58,10 @@ def _bad_spans(result: Result, length: int, versions: range) -> str:
     return "" if end == length else f"version spans cover {end} of {length} tokens"
 
 
-def _bad_reward(result: Result) -> str:
+def _bad_reward(result: Result, names: Collection[str]) -> str:
+    unknown = [name for name in result.rewards if name not in names]
+    if unknown:
+        return f"a reward called {unknown[0]}, the run has {', '.join(names)}"
     values = [result.reward, *(value for value in result.rewards.values() if value is not None)]
     bad = [value for value in values if not abs(value) <= MAX_REWARD]
     return f"a reward of {bad[0]}, -{MAX_REWARD:g} to {MAX_REWARD:g} are allowed" if bad else ""

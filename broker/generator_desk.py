@@ -38,6 +38,7 @@ from protocol.messages import (
     Verdict,
     Wait,
 )
+from protocol.rewards import shown_name
 from protocol.types import LeaseKind, Prompt, Trajectory
 from protocol.weights import SnapshotError
 
@@ -164,6 +165,7 @@ class GeneratorDesk:
             max_tokens=sampling.max_tokens,
             vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
+            reward_names=[shown_name(function.use) for function in config.rewards.functions],
         )
         answer = trajectory(message)
         if reason:

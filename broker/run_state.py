@@ -23,7 +23,7 @@ from broker.scheduler import Scheduler
 from broker.shelf import Shelf, Shelved
 from protocol.config import Config
 from protocol.errors import ProtocolError
-from protocol.messages import SharePage, VersionHint
+from protocol.messages import Hello, SharePage, VersionHint
 
 log = logging.getLogger("tether.broker")
 
@@ -64,20 +64,18 @@ class RunState:
     def num_steps(self) -> int:
         return self.config.steps_for(self.source.num_rows)
 
-    def restore(self, ledger: bytes, version: int, training_step: int, incarnation: int, now: float) -> None:
-        """Start an epoch from what the learner holds:
-
-        the one recovery path, for a dead broker and a dead learner alike.
-        """
+    def restore(self, hello: Hello, now: float) -> None:
+        """Start an epoch from what the learner holds; a dead broker and a dead learner are both recovered so."""
         try:
-            books = Ledger.restore(msgpack.unpackb(ledger)) if ledger else Ledger()
+            books = Ledger.restore(msgpack.unpackb(hello.ledger)) if hello.ledger else Ledger()
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError("ledger", f"the learner's ledger cannot be read: {error}") from None
-        self.scheduler = Scheduler(
-            self._schedule_settings(), books, version, training_step if training_step >= 0 else None
-        )
+        if hello.skipped:
+            books.skip_step()
+        training = hello.training_step if hello.training_step >= 0 else None
+        self.scheduler = Scheduler(self._schedule_settings(), books, hello.version, training)
         self.epoch = secrets.randbits(63) | 1
-        self.learner_incarnation = incarnation
+        self.learner_incarnation = hello.incarnation
         self.pages.clear()
         self.shelf.clear()
         self.evaluations.clear()
@@ -87,7 +85,7 @@ class RunState:
         log.info(
             "epoch %016x: version %d, %d prompts settled of %d offered",
             self.epoch,
-            version,
+            hello.version,
             books.num_settled,
             books.offered,
         )

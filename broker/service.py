@@ -239,7 +239,7 @@ class Service:
         run = self._run
         if run.scheduler is None or run.learner_incarnation != hello.incarnation:
             run.num_ranks = hello.num_ranks
-            run.restore(hello.ledger, hello.version, hello.training_step, hello.incarnation, now)
+            run.restore(hello, now)
 
     def _beat(self, peer: Peer, beat: Beat, now: float) -> BeatAnswer:
         run = self._run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,9 +32,11 @@ class BrokerLine:
         """Report every status; {} when the broker does not answer."""
         while True:
             try:
-                self._answered(await self.status())
+                status = await self.status()
             except (PeerTimeout, ProtocolError):
-                self._answered({})
+                status = {}
+            with contextlib.suppress(OSError):  # a full disk must not take the screen down; the next status tries again
+                self._answered(status)
             await asyncio.sleep(ASK_EVERY_S)
 
     async def status(self, timeout_s: float = ANSWER_S) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ until the learner is done. The first Ctrl-C ends the run in order, the second at
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -120,8 +119,7 @@ async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: 
         supervisor.close()
         console.close()
         following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await following
+        await asyncio.gather(following, return_exceptions=True)
         await broker.close()
     status.ended(verdict, supervisor.processes())
     for line in ["", *summary(run_dir, screen.width), *_last_words(verdict, run_dir)]:

@@ -44,7 +44,10 @@ def fate(role: ProcessRole, code: int, *, restarts: int, budget: int, others_lef
         return EndRun(Exit.DONE, complete=True)
     if role is ProcessRole.LEARNER and code == Exit.INTERRUPTED:
         return EndRun(Exit.INTERRUPTED)  # drained by somebody else
-    if code in HOPELESS:
+    is_refused = role is ProcessRole.GENERATOR and code == Exit.REFUSED  # its own matter: the others are not
+    if is_refused and others_left:
+        return GiveUp()
+    if code in HOPELESS and not is_refused:
         return EndRun(code, failed=True)
     if restarts < budget:
         return Restart(BACKOFF_S[min(restarts, len(BACKOFF_S) - 1)])

@@ -145,7 +145,7 @@ class Supervisor:
     def _watch(self, unit: Unit, now: float) -> None:
         """Act on the end of a unit."""
         end = unit.ended()
-        if end is None or self.phase is Phase.STOPPING:
+        if end is None or self.phase in (Phase.STOPPING, Phase.ENDED):
             return
         child, code = end
         unit.kill()
@@ -159,7 +159,7 @@ class Supervisor:
             self._stop(Verdict(follows.code, child.obituary(code) if follows.failed else _how(follows)), now)
         elif isinstance(follows, GiveUp):
             unit.given_up = True
-            self.tell(f"{child.obituary(code)}; {unit.restarts} restarts were spent, going on without it")
+            self.tell(f"{child.obituary(code)}; {unit.restarts} restarts were made, going on without it")
         elif isinstance(follows, Restart):
             unit.restart_at, unit.restarts = now + follows.after_s, unit.restarts + 1
             self.tell(f"{child.obituary(code)}; restart {unit.restarts} of {unit.budget} in {follows.after_s:g} s")

@@ -16,7 +16,8 @@ from learner.link import Link
 from learner.publisher import Publisher
 from learner.ranks import Ranks
 
-JOIN_S = 600.0  # digests of a snapshot and three answers of the broker
+DIGEST_S = 600.0  # of the largest snapshot
+ANSWERS = 3  # of the broker, each within the link's own deadline
 
 
 class Announcer:
@@ -47,8 +48,9 @@ class Announcer:
     def wait(self) -> None:
         """Until the last announcement is done. Raises what it failed of."""
         if self._thread is not None:
-            self._thread.join(JOIN_S)
-            assert not self._thread.is_alive(), f"the announcement took longer than {JOIN_S:.0f} s"
+            limit = DIGEST_S + ANSWERS * self._link.wait_s
+            self._thread.join(limit)
+            assert not self._thread.is_alive(), f"the announcement took longer than {limit:.0f} s"
             self._thread = None
         self.check()
 

@@ -52,6 +52,7 @@ class Standing:
     version: int  # V
     training_step: int  # -1: none
     ledger: bytes  # msgpack, as of the cut of the last agreed batch; b"": nothing was trained yet
+    skipped: bool = False  # that batch's step was not finite and changed nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,7 @@ class Link:
         self.heartbeat_numbers: dict[str, float] = {}
         self._standing = self._told = standing  # what is so, and what the last hello said
         self._batch_epoch = 0  # of the batch in training
-        self._wait_s = wait_s  # deadline of every request: how long the broker may stay away
+        self.wait_s = wait_s  # deadline of every request: how long the broker may stay away
         self._settings_digest = settings_digest
         self._incarnation = secrets.randbits(62)
         self._state, self._detail, self._since = "starting", "", time.monotonic()
@@ -138,7 +139,7 @@ class Link:
 
     def advance(self, version: int, *, skipped: bool = False) -> None:
         """Step `version` - 1 is trained and its snapshot published."""
-        self._standing = Standing(version, -1, self._standing.ledger)
+        self._standing = Standing(version, -1, self._standing.ledger, skipped)
         self._wait(self._advance(Advance(version=version, skipped=skipped)), "the answer to Advance")
 
     def evaluate(self, version: int) -> None:
@@ -182,6 +183,7 @@ class Link:
             version=standing.version if first else 0,
             training_step=standing.training_step if first else -1,
             ledger=standing.ledger if first else b"",
+            skipped=standing.skipped if first else False,
         )
 
     async def _take(self, step: int, check: Callable[[], None]) -> Taken | Finished:
@@ -196,13 +198,13 @@ class Link:
 
     async def _advance(self, message: Advance) -> None:
         try:
-            await self._session.ask(message, timeout_s=self._wait_s)
+            await self._session.ask(message, timeout_s=self.wait_s)
         except ProtocolError as error:
             if error.code != "order" or self._published is None:
                 raise
             log.info("publishing version %d again to a broker that was restarted meanwhile", message.version)
-            await self._session.ask(self._published, timeout_s=self._wait_s)
-            await self._session.ask(message, timeout_s=self._wait_s)
+            await self._session.ask(self._published, timeout_s=self.wait_s)
+            await self._session.ask(message, timeout_s=self.wait_s)
 
     async def _agree(self, taken: Taken) -> None:
         self._standing = Standing(self._standing.version, taken.share.step, taken.ledger)
@@ -222,7 +224,7 @@ class Link:
         ):
             log.warning("the broker does not know of step %d: introducing ourselves anew", self._standing.training_step)
             self._incarnation = secrets.randbits(62)
-            await self._session.greet(self._wait_s)
+            await self._session.greet(self.wait_s)
 
     async def _pages(self, step: int) -> list[SharePage] | Finished | None:
         """All pages of one batch; None when the broker had nothing yet, or another batch in the middle of it."""
@@ -230,9 +232,14 @@ class Link:
         epoch = self._session.epoch
         while not pages or len(pages) < pages[0].num_pages:
             question = Take(step=step, rank=self.rank, num_ranks=self.num_ranks, page=len(pages))
-            answer = await self._session.ask(
-                question, bulk=True, timeout_s=self._wait_s, what=f"the share of step {step}"
-            )
+            try:
+                answer = await self._session.ask(
+                    question, bulk=True, timeout_s=self.wait_s, what=f"the share of step {step}"
+                )
+            except ProtocolError as error:
+                if error.code == "page" and pages:
+                    return None  # a restored broker has another batch, of fewer pages
+                raise
             if isinstance(answer, Finished):
                 return answer
             if isinstance(answer, Wait):
@@ -262,7 +269,7 @@ class Link:
             evaluations_seen=self._evaluations_received,
         )
         epoch = self._session.epoch
-        answer = await self._session.ask(beat, timeout_s=self._wait_s)
+        answer = await self._session.ask(beat, timeout_s=self.wait_s)
         if (
             isinstance(answer, BeatAnswer)
             and epoch == self._session.epoch
@@ -288,15 +295,15 @@ class Link:
         await self._insist()
         for message in (self._published, self._evaluation_asked):
             if message is not None:
-                await self._session.ask(message, timeout_s=self._wait_s)
+                await self._session.ask(message, timeout_s=self.wait_s)
 
     def _ask(self, message: Message) -> None:
         what = f"the answer to {type(message).__name__}"
-        self._wait(self._session.ask(message, timeout_s=self._wait_s, what=what), what)
+        self._wait(self._session.ask(message, timeout_s=self.wait_s, what=what), what)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Answer], what: str, timeout_s: float | None = -1.0) -> Answer:
         """Run it in the control thread. `timeout_s` None: the coroutine keeps its own deadlines."""
-        limit = self._wait_s + 5.0 if timeout_s == -1.0 else timeout_s
+        limit = self.wait_s + 5.0 if timeout_s == -1.0 else timeout_s
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(limit)

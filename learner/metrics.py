@@ -68,7 +68,7 @@ class MetricsWriter:
         """Points at `first_step` and later are removed: the steps from there on are about to be run again."""
         run_folder.mkdir(parents=True, exist_ok=True)
         path = run_folder / "metrics.jsonl"
-        _cut(path, first_step)
+        cut_lines(path, first_step, "step")
         self._lines: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step, flush_secs=10)
 
@@ -92,14 +92,14 @@ def is_known(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in CURVES)
 
 
-def _cut(path: Path, first_step: int) -> None:
-    """Keep the lines of earlier steps; a half-written last line goes too."""
+def cut_lines(path: Path, first: int, key: str) -> None:
+    """Keep the lines whose `key` is below `first`; a half-written last line goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < first_step:
+            if line.endswith("\n") and json.loads(line)[key] < first:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 
 from learner import checkpoint
 from learner.announcer import Announcer
-from learner.link import Link, Taken
-from learner.metrics import MetricsWriter
+from learner.link import Link, Standing, Taken
+from learner.metrics import MetricsWriter, cut_lines
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.samples import write_samples
@@ -29,9 +29,11 @@ from protocol.types import Share, Tokens
 
 log = logging.getLogger("tether.recorder")
 
+EVALUATIONS_FILE = "evaluations.jsonl"
+
 
 class Recorder:
-    """One per rank. `first_version`: where this process starts; later points of an earlier try are cut off."""
+    """One per rank. `start`: where this process starts; later points of an earlier try are cut off."""
 
     def __init__(
         self,
@@ -42,19 +44,20 @@ class Recorder:
         link: Link,
         announcer: Announcer,
         model_path: str,
-        first_version: int,
-        ledger: bytes,
+        start: Standing,
     ) -> None:
         self._config, self._run_dir, self._ranks, self._policy, self._link = config, run_dir, ranks, policy, link
         self._announcer = announcer
-        self._ledger = ledger
-        self._saved_version = first_version if first_version else -1
-        self._writer = MetricsWriter(run_dir, first_version) if ranks.is_first else None
+        self._ledger, self._skipped = start.ledger, start.skipped
+        self._saved_version = start.version if start.version else -1
+        self._writer = MetricsWriter(run_dir, start.version) if ranks.is_first else None
+        if ranks.is_first:
+            cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
-    def step(self, taken: Taken, curves: dict[str, float], step_s: float) -> None:
+    def step(self, taken: Taken, curves: dict[str, float], step_s: float, *, skipped: bool) -> None:
         """Curves and samples of one step, and the evaluations that arrived since the last one."""
-        self._ledger = taken.ledger
+        self._ledger, self._skipped = taken.ledger, skipped
         if self._writer is None:
             return
         share = taken.share
@@ -90,6 +93,7 @@ class Recorder:
         extras: dict[str, Any] = {
             "version": version,
             "ledger": self._ledger,
+            "skipped": self._skipped,
             "settings": self._config.model_dump(mode="json"),
         }
         started = time.monotonic()
@@ -115,7 +119,7 @@ class Recorder:
         curves = {"eval/accuracy": evaluation.accuracy, "eval/length_mean": evaluation.length_mean}
         curves |= {f"eval/{name}": value for name, value in evaluation.rewards.items()}
         self._writer.write(evaluation.version, curves)
-        with open(self._run_dir / "evaluations.jsonl", "a", encoding="utf-8") as file:
+        with open(self._run_dir / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(evaluation.model_dump(), ensure_ascii=False) + "\n")
 
     def _samples(self, share: Share) -> list[dict[str, Any]]:

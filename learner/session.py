@@ -36,7 +36,8 @@ def train(config: Config, run_dir: Path, resume: bool) -> Ended:
     """All of one rank's life."""
     ranks = Ranks.open(os.environ, config.run.device, COLLECTIVE_S)
     policy = Policy.open(config, config.model.path, ranks)
-    standing = _resume(run_dir, policy, ranks) if resume else Standing(0, -1, b"")
+    resumed = _resume(run_dir, policy, ranks) if resume else None
+    standing = resumed or Standing(0, -1, b"")
     link = Link(
         Addresses.read(run_dir),
         read_client_key(run_dir / "keys" / "learner.key"),
@@ -50,11 +51,9 @@ def train(config: Config, run_dir: Path, resume: bool) -> Ended:
     shared = _shared_folder(ranks)
     publisher = Publisher(shared / "snapshots", policy, ranks)
     announcer = Announcer(publisher, link, ranks, lambda version: evaluation_is_due(config, version, link.num_steps))
-    recorder = Recorder(
-        config, run_dir, ranks, policy, link, announcer, config.model.path, standing.version, standing.ledger
-    )
+    recorder = Recorder(config, run_dir, ranks, policy, link, announcer, config.model.path, standing)
     try:
-        if standing.version == 0 and config.warmup.steps:
+        if resumed is None and config.warmup.steps:
             _warm_up(config, run_dir, policy, ranks, recorder, clock)
         return Trainer(config, ranks, policy, link, announcer, recorder, clock, standing.version).run()
     finally:
@@ -70,8 +69,8 @@ def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
     return bool(every) and (version % every == 0 or version == num_steps)
 
 
-def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing:
-    """Rank 0 chooses the checkpoint; without a valid one the run starts from its beginning, and says so."""
+def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing | None:
+    """Rank 0 chooses the checkpoint; without a valid one (None) the run starts from its beginning, and says so."""
     found = checkpoint.latest_valid(run_dir / "checkpoints") if ranks.is_first else None
     for damage in found.damaged if found else ():
         log.error("this checkpoint is damaged and not used: %s", damage)
@@ -79,10 +78,10 @@ def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing:
     step = ranks.first_rank_says(step)
     if step < 0:
         log.warning("no checkpoint to resume from: starting from the beginning")
-        return Standing(0, -1, b"")
+        return None
     extras = checkpoint.load(run_dir / "checkpoints" / f"step_{step}", policy)
     log.info("resuming from the checkpoint of version %d", extras["version"])
-    return Standing(extras["version"], -1, extras["ledger"])
+    return Standing(extras["version"], -1, extras["ledger"], extras["skipped"])
 
 
 def _warm_up(

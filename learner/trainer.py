@@ -82,7 +82,7 @@ class Trainer:
             self._version += 1
             self._clock.enter(State.PUBLISHING, f"version {self._version}")
             self._announcer.announce(self._version, skipped=not update.applied)
-            self._record(taken, curves)
+            self._record(taken, curves, skipped=not update.applied)
 
     def _take(self, step: int) -> Taken | Finished:
         """This rank's share of the batch that all ranks agree on; asked again until they do."""
@@ -164,10 +164,10 @@ class Trainer:
                 "weights are unchanged since. Lower learner.learning_rate, or resume from an older checkpoint"
             )
 
-    def _record(self, taken: Taken, curves: dict[str, float]) -> None:
+    def _record(self, taken: Taken, curves: dict[str, float], *, skipped: bool) -> None:
         shares, step_s = self._clock.shares()
         self._clock.enter(State.RECORDING)
-        self._recorder.step(taken, curves | shares, step_s)
+        self._recorder.step(taken, curves | shares, step_s, skipped=skipped)
         if self._recorder.checkpoint_is_due(self._version):
             self._clock.enter(State.CHECKPOINTING, f"version {self._version}")
             self._recorder.checkpoint(self._version)

@@ -148,7 +148,10 @@ def _decode_array(entry: Any, name: str, expected: ArrayField, blob: bytes | mem
         raise ProtocolError("checksum", f"{name}: the array does not match its checksum")
     if expected.dtype == "bool" and len(blob) and np.frombuffer(blob, np.uint8).max() > 1:
         raise ProtocolError("arrays", f"{name}: a boolean that is neither 0 nor 1")
-    return np.frombuffer(blob, dtype).reshape(shape)
+    try:
+        return np.frombuffer(blob, dtype).reshape(shape)
+    except (ValueError, OverflowError):  # an empty array may declare a dimension that numpy cannot have
+        raise ProtocolError("arrays", f"{name}: shape {str(shape)[:80]} is none") from None
 
 
 @cache

@@ -117,6 +117,8 @@ class Hello(Message):
     """Rank 0: the step it trains now; -1: none."""
     ledger: Annotated[bytes, Field(max_length=1 << 20)] = b""
     """Rank 0: msgpack of the ledger as of the cut of its last agreed batch."""
+    skipped: bool = False
+    """Rank 0: that batch's step was not finite and changed nothing."""
 
 
 class Welcome(Message):
@@ -166,7 +168,7 @@ class Beat(Message):
     """How long it has been in this state."""
     leases: list[Triple] = Field(default=[], max_length=4096)
     """Generator: (prompt, attempt, tokens so far) of every lease it holds."""
-    numbers: dict[str, float] = Field(default={}, max_length=256)
+    numbers: dict[Name, float] = Field(default={}, max_length=256)
     """Generator: its statistics; learner rank 0: the last step's metrics."""
     evaluations_seen: Natural = 0
     """Learner rank 0: how many evaluations it has received."""

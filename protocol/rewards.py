@@ -34,6 +34,12 @@ def is_file(use: str) -> bool:
     return use.partition(":")[0].endswith(".py")
 
 
+def shown_name(use: str) -> str:
+    """What results and curves call it: the built-in's name, or the file's name without its folder."""
+    file, _, name = use.partition(":")
+    return f"{Path(file).stem}:{name}" if is_file(use) else use
+
+
 def reward_digest(uses: Sequence[str]) -> str:
     """Of names and file contents, in order; "" when all are built in. Raises ConfigError if a file is missing."""
     digest = hashlib.sha256()

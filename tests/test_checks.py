@@ -11,7 +11,12 @@ from broker.checks import MAX_LOGPROB, invalid_reason, trajectory
 from protocol.messages import Result
 from protocol.types import FinishReason, VersionSpan
 
-LIMITS: dict[str, Any] = {"max_tokens": 200, "vocab_size": 50, "versions": range(3, 6)}
+LIMITS: dict[str, Any] = {
+    "max_tokens": 200,
+    "vocab_size": 50,
+    "versions": range(3, 6),
+    "reward_names": ["score", "other"],
+}
 
 
 def result(length: int = 4, **fields: Any) -> Result:
@@ -157,3 +162,7 @@ def test_an_error_becomes_a_trajectory_without_a_completion() -> None:
     made = trajectory(result(length=0, spans=[], error="reward failed: score raised KeyError"))
     assert made.completion is None
     assert made.error == "reward failed: score raised KeyError"
+
+
+def test_a_reward_that_the_run_does_not_have_is_refused_by_name() -> None:
+    assert refusal(rewards={"score": 1.0, "invented": 1.0}) == "a reward called invented, the run has score, other"

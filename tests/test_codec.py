@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec import Header, decode, encode
+from protocol.codec import Header, _decode_array, decode, encode
 from protocol.errors import ProtocolError
-from protocol.messages import MESSAGES, Hello, LeaseItem, Leases, Message, Pull, Result, Role
+from protocol.messages import MESSAGES, ArrayField, Hello, LeaseItem, Leases, Message, Pull, Result, Role
 
 HEADER = Header(epoch=7, session=8, sequence=9)
 
@@ -158,3 +158,10 @@ def _with_body(head: bytes, body: bytes) -> bytes:
     fields = list(struct.unpack("<4sHHIHHQQQII", head))
     fields[3], fields[9] = len(body), zlib.crc32(body)
     return struct.pack("<4sHHIHHQQQII", *fields)
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 62], [1 << 62, 0], [0, 1 << 63]])
+def test_an_empty_array_of_an_impossible_shape_is_refused(shape: list[int]) -> None:
+    """numpy cannot make it, and would say so with an error of its own."""
+    with pytest.raises(ProtocolError, match="rewards"):
+        _decode_array(["rewards", "float32", shape, 0], "rewards", ArrayField("float32", ndim=2), b"")

@@ -12,7 +12,7 @@ import msgpack
 import pytest
 
 from broker.service import Service
-from learner.link import Standing
+from learner.link import Standing, Taken
 from tests.small_run import FakeGenerator, ScriptedLearner, broker, make_run
 
 
@@ -97,6 +97,28 @@ def test_a_learner_that_resumes_gets_the_same_prompts_again_and_no_other_twice(t
                 pass
     kept = [prompt for taken in surviving for prompt in sorted({item.prompt for item in taken.share.items})]
     assert sorted(kept + second.prompts) == list(range(40))
+
+
+def test_prompts_of_a_skipped_step_stay_failed_after_a_resume(tmp_path: Path) -> None:
+    config = make_run(tmp_path, run={"steps": 0, "epochs": 1.0})
+    with broker(tmp_path, config) as service, FakeGenerator(tmp_path, config):
+        with ScriptedLearner(tmp_path, config) as first:
+            assert first.step()
+            taken = first.link.take(1, lambda: None)
+            assert isinstance(taken, Taken)
+            first.link.agreed(taken)
+            first.version = 2
+            first.publish()
+            first.link.advance(2, skipped=True)
+            running = service.status(time.monotonic())["ledger"]
+        with ScriptedLearner(tmp_path, config, Standing(2, -1, taken.ledger, skipped=True)) as second:
+            resumed = service.status(time.monotonic())["ledger"]
+            while second.step():
+                pass
+        ledger = service.status(time.monotonic())["ledger"]
+    assert (running["trained"], running["failed/non_finite"]) == (4, 4)
+    assert (resumed["trained"], resumed["failed/non_finite"]) == (4, 4)
+    assert (ledger["trained"], ledger["failed/non_finite"]) == (36, 4)
 
 
 def test_an_evaluation_answers_every_held_out_prompt_with_one_version(tmp_path: Path) -> None:

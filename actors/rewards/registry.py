@@ -22,6 +22,7 @@ from typing import Any
 
 from actors.rewards.gsm8k import gsm8k, gsm8k_flexible
 from protocol.errors import ConfigError
+from protocol.rewards import shown_name
 
 BUILT_IN: dict[str, Callable[..., Any]] = {"gsm8k": gsm8k, "gsm8k_flexible": gsm8k_flexible}
 
@@ -50,7 +51,7 @@ def resolve(use: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
     function = getattr(_load(Path(file)), name, None)
     if not callable(function):
         raise ConfigError(f"expected a function {name} in {file}, there is none; set rewards.functions")
-    return Reward(f"{Path(file).stem}:{name}", weight, _shaped(function, arguments, use))
+    return Reward(shown_name(use), weight, _shaped(function, arguments, use))
 
 
 def _shaped(
