@@ -20,11 +20,12 @@ from launch.cluster import main
 from launch.flags import parse
 from launch.make import make
 from launch.preflight import check_model, check_packages, check_shared_memory
-from launch.run_folder import RunFolder, choose_addresses, free_ports, newest_run
+from launch.run_folder import RunFolder, choose_addresses, newest_run
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError
 from protocol.settings import build
+from tests.wire import free_addresses
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = Addresses("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556")
@@ -218,8 +219,8 @@ def test_a_port_in_use_is_named_before_anything_starts(tmp_path: Path, capsys: p
 
 def test_addresses_are_free_loopback_ports_or_those_asked_for() -> None:
     assert all(address.startswith("tcp://127.0.0.1:") for address in choose_addresses(""))
-    port = free_ports(1)[0]
-    assert choose_addresses(f"tcp://127.0.0.1:{port}").bulk == f"tcp://127.0.0.1:{port + 1}"
+    free = free_addresses()
+    assert choose_addresses(free.control) == free
     with pytest.raises(ConfigError, match="expected tcp://HOST:PORT"):
         choose_addresses("localhost:1")
 
