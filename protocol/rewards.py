@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from protocol.config import RewardsConfig
 from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from protocol.config import RewardsConfig
 
 BUILT_IN = ("gsm8k", "gsm8k_flexible")
 
