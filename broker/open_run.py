@@ -1,7 +1,4 @@
-"""Opens a run for the broker:
-
-its settings become prompts, model files and an empty state that waits for the learner.
-"""
+"""Opens a run for the broker: settings become prompts, model files, and an empty state that waits for the learner."""
 
 from __future__ import annotations
 

@@ -46,10 +46,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str = "openai/gsm8k"
-    """Training rows:
-
-    a .jsonl/.json/.parquet/.csv file, a folder of them, or a Hugging Face name (NAME or NAME:SUBSET).
-    """
+    """Training rows: a .jsonl, .json, .parquet or .csv file, a folder of them, or a Hugging Face NAME[:SUBSET]."""
     eval: str = ""
     """Held-out rows, as `train`. Empty: the folder's or dataset's test split where it has one."""
     prompt_column: str = ""

@@ -1,7 +1,4 @@
-"""Prompts with wanted answers, as flat arrays in one .npz file:
-
-how the broker hands the supervised warm start to the learner.
-"""
+"""Prompts with wanted answers as flat arrays in one .npz file: the broker writes it, the learner's warm start reads it."""
 
 from __future__ import annotations
 

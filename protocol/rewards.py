@@ -1,6 +1,6 @@
-"""The identity of reward code that a user brings:
+"""Reward functions by name: which there are, and the identity of code that a user brings.
 
-both ends of a connection compare it, the code itself never travels.
+Both ends of a connection compare that identity; the code itself never travels.
 """
 
 from __future__ import annotations
