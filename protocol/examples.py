@@ -1,4 +1,4 @@
-"""Prompts with wanted answers as flat arrays in one .npz file: the broker writes it, the learner's warm start reads it."""
+"""Prompts with wanted answers as flat arrays in one .npz file; the broker writes it for the learner's warm start."""
 
 from __future__ import annotations
 
