@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from broker.dataset import Columns, Row, check_prompts, columns_for_rewards, load_rows, recognise
 from broker.tokenizer import ChatTokenizer
+from protocol.codec import can_travel
 from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.types import Prompt, Tokens
@@ -27,7 +29,7 @@ log = logging.getLogger("tether.prompts")
 LOOKED_AT = 64  # first rows that are tokenised at the start, so that a dataset that cannot work is refused at once
 CACHED_PROMPTS = 4096
 MAX_COLUMNS_CHARACTERS = 256 << 10  # of a row as JSON: it travels with every lease of its prompt
-TOO_LONG, TOO_LARGE = "prompt_too_long", "row_too_large"
+TOO_LONG, TOO_LARGE, UNSENDABLE = "prompt_too_long", "row_too_large", "row_unsendable"
 
 
 class Unusable(NamedTuple):
@@ -93,6 +95,8 @@ class PromptSource:
         seen = columns_for_rewards(row, columns)
         if len(json.dumps(seen)) > MAX_COLUMNS_CHARACTERS:
             return Unusable(number, TOO_LARGE)
+        if not can_travel(seen):
+            return Unusable(number, UNSENDABLE)
         return Prompt(number, row_number, tokens, seen)
 
     def _row_at(self, number: int) -> int:
@@ -151,8 +155,4 @@ def _permutation(seed: int, turn: int, size: int) -> np.ndarray:
 
 
 def _text_or_file(value: str) -> str:
-    return (
-        Path(value).read_text(encoding="utf-8").strip()
-        if value and len(value) < 1024 and Path(value).is_file()
-        else value
-    )
+    return Path(value).read_text(encoding="utf-8").strip() if os.path.isfile(value) else value

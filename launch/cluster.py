@@ -173,7 +173,7 @@ def _absolute(settings: Settings) -> Settings:
     values = [
         value._replace(value=str(Path(value.value).resolve()))
         for value in settings.values.values()
-        if value.key in keys and value.value and Path(value.value).exists()
+        if value.key in keys and os.path.exists(value.value)  # of a text too long for a name too
     ]
     if "rewards.functions" in settings.values:
         functions = [function.model_dump() for function in settings.config.rewards.functions]

@@ -81,7 +81,8 @@ def test_a_dry_run_starts_nothing_and_is_valid_json(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_processes_arithmetic_and_origins(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(("--dry-run", "--device", "cpu", "--prompts-per-step", "4")) == Exit.DONE
+    text = "A system message too long for a file's name. " * 20
+    assert main(("--dry-run", "--device", "cpu", "--prompts-per-step", "4", "--data.system", text)) == Exit.DONE
     said = capsys.readouterr().out
     assert "generator-0   cpu" in said
     assert "one step    4 prompts x 8 completions = 32 completions" in said

@@ -133,6 +133,14 @@ def test_a_prompt_is_the_question_in_the_models_template_with_system_and_suffix(
     assert (prompt.number, prompt.row) == (4, 4)
 
 
+def test_a_system_message_too_long_for_a_files_name_is_a_text(model: Path, tmp_path: Path) -> None:
+    tokenizer, text = ChatTokenizer(model), "Be brief. " * 70
+    settings = {"system": text, "max_prompt_tokens": 2000}
+    prompt = PromptSource(config_for(tmp_path, settings), tokenizer).prompt(0)
+    assert isinstance(prompt, Prompt)
+    assert tokenizer.decode(prompt.tokens).startswith("Be brief. Be brief.")
+
+
 def test_without_a_chat_template_a_prompt_is_plain_text(model: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "config.json"):
         (tmp_path / name).write_bytes((model / name).read_bytes())
