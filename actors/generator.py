@@ -6,7 +6,8 @@ Four things go on at once in one asyncio loop: `_pull_leases` asks for work, one
 - Nothing is sampled before the first weights are applied; which are applied only the engine's own `held` says.
 - Evaluation is answered by exactly one version: `_follow_weights` waits while an evaluation runs.
 - A result is repeated until the broker gives it a final status (`Session.ask`), whatever that is.
-- After a restart of the broker all leases are void: `_void` drops them.
+- After a restart of the broker all leases are void: `_void` drops them. A run that was resumed gives version numbers
+  anew; that weights still on their way never answer a lease that they are not meant for rests on `_fits_leases`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from actors.rollout import attempt_for, single_turn
 from actors.scorer import Scorer
 from actors.snapshot_source import SnapshotSource
 from protocol.config import Config
+from protocol.errors import SnapshotError
 from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Result, Verdict, VersionHint, Wait
 from protocol.session import Session
 from protocol.types import Completion, Lease, LeaseKind, Prompt
-from protocol.weights import SnapshotError
 
 log = logging.getLogger("tether.generator")
 
@@ -42,7 +43,6 @@ class Running:
     lease: Lease
     epoch: int  # that it was given in; the next one counts attempts from the beginning
     task: asyncio.Task[None] | None = None
-    started_at: float = field(default_factory=time.monotonic)
     tokens: int = 0  # of its finished samples
 
     @property
@@ -161,7 +161,7 @@ class Generator:
             message = error_result(lease, sample, epoch, f"generation failed: {error}")
         else:
             running.tokens += len(completion.tokens)
-            message = await self._scored(lease, sample, epoch, completion, time.monotonic() - running.started_at)
+            message = await self._scored(lease, sample, epoch, completion)
         verdict = await self._session.ask(
             message, bulk=True, timeout_s=self._config.watchdog.orphan_s, what="a result's status"
         )
@@ -170,33 +170,34 @@ class Generator:
         if verdict.status == "invalid":
             log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
 
-    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion, seconds: float) -> Result:
+    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion) -> Result:
         score = await self._scorer.score(lease.prompt, completion)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, completion, score.reward, score.rewards, seconds)
+        return result(lease, sample, epoch, completion, score.reward, score.rewards)
 
     # --- Weights
 
     async def _follow_weights(self) -> None:
-        """Apply the newest version whenever there is one, except while an evaluation needs the one we hold."""
+        """Apply the newest version whenever there is one, except while leases need the one we hold."""
         while True:
-            if self._newest[1] and self._newest != self._engine.held and not self._evaluating():
+            is_new = bool(self._newest[1]) and self._newest != self._engine.held
+            if is_new and self._may_apply(self._newest[0], self._session.epoch):
                 await self._apply(self._newest[0])
             else:
                 await self._wait_for_change()
 
     async def _apply(self, version: int) -> None:
-        started = time.monotonic()
+        started, epoch = time.monotonic(), self._session.epoch
         try:
             snapshot = await self._source.fetch(version)
         except SnapshotError as error:
-            log.info("version %d vanished before it was fetched: %s", version, error)
+            log.info("version %d was not fetched: %s", version, error)
             await asyncio.sleep(self._config.watchdog.heartbeat_s / 4)  # the next heartbeat brings the newest
             return
         try:
-            if self._evaluating():
-                return  # it began meanwhile, and needs the version that we hold
+            if not self._may_apply(version, epoch):
+                return  # leases came meanwhile that need the version we hold
             self._loading = True
             times = await self._engine.load(snapshot)
         except SnapshotError as error:
@@ -206,9 +207,20 @@ class Generator:
             self._loading = False
             self._changed.set()
             self._source.discard(snapshot)
+        if not self._fits_leases(version, epoch):
+            self._drop_all()  # they came meanwhile, for the weights from before
         self._updates += 1
         self._apply_s, self._pause_s = time.monotonic() - started, times.pause_s + times.load_s + times.resume_s
         log.info("version %d applied in %.3f s, generation paused for %.3f s", version, self._apply_s, self._pause_s)
+
+    def _may_apply(self, version: int, epoch: int) -> bool:
+        return not self._evaluating() and self._fits_leases(version, epoch)
+
+    def _fits_leases(self, version: int, epoch: int) -> bool:
+        """Whether weights asked for in `epoch` may answer the leases that run now: no token is older than its lease."""
+        return self._session.epoch == epoch and all(
+            running.lease.version <= version for running in self._running.values()
+        )
 
     def _evaluating(self) -> bool:
         return any(running.lease.kind is LeaseKind.EVALUATE for running in self._running.values())
@@ -262,6 +274,10 @@ class Generator:
 
     def _void(self, epoch: int) -> None:
         log.info("the broker speaks for epoch %016x now: %d leases are void", epoch, len(self._running))
+        self._newest = (0, "")  # of the last epoch: this one's broker says what it has
+        self._drop_all()
+
+    def _drop_all(self) -> None:
         for key in list(self._running):
             self._drop(key)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from protocol.messages import MAX_TEXT, Release, Result
-from protocol.types import Completion, Lease, LeaseKind
+from protocol.types import Completion, Lease
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
@@ -21,12 +21,10 @@ def result(
     completion: Completion,
     reward: float,
     rewards: Mapping[str, float | None],
-    generate_s: float,
 ) -> Result:
     observed = completion.observed
     return Result(
         epoch=epoch,
-        evaluation=lease.kind is LeaseKind.EVALUATE,
         prompt=lease.prompt.number,
         attempt=lease.attempt,
         sample=sample,
@@ -38,18 +36,16 @@ def result(
         tokens=completion.tokens,
         behavior_logprobs=completion.behavior_logprobs,
         observed=_NONE_OBSERVED if observed is None else observed,
-        generate_s=generate_s,
     )
 
 
 def error_result(lease: Lease, sample: int, epoch: int, error: str) -> Result:
     return Result(
         epoch=epoch,
-        evaluation=lease.kind is LeaseKind.EVALUATE,
         prompt=lease.prompt.number,
         attempt=lease.attempt,
         sample=sample,
-        error=error[:MAX_TEXT],
+        error=error[:MAX_TEXT].encode(errors="replace").decode(),  # a user's own words may not be Unicode
         tokens=_NO_TOKENS,
         behavior_logprobs=_NO_LOGPROBS,
         observed=_NONE_OBSERVED,

@@ -1,9 +1,9 @@
 """Where a generator gets a version's weights from: the learner's own file on this host, or chunks pulled from the
 broker.
 
-Either way the result is a local snapshot whose manifest has the digest that the broker announced. A pull goes on
-after a break where it stopped, verifies every chunk before it is kept, and ends with SnapshotError when the version
-has vanished meanwhile.
+Either way the result is a local snapshot whose manifest has the digest that the broker announced. A pull verifies
+every chunk before it is kept, and ends with SnapshotError when one is not to be had, or wrong. What has come by then
+is kept for the next pull of the same weights: that no verified chunk crosses the wire twice rests on `_begun`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, SnapshotError
 from protocol.messages import Bytes, FetchChunk, FetchManifest, ManifestAnswer
 from protocol.session import Session
-from protocol.weights import Manifest, Snapshot, SnapshotAssembly, SnapshotError
+from protocol.weights import Manifest, Snapshot, SnapshotAssembly
 
 log = logging.getLogger("tether.weights")
 
@@ -38,9 +38,10 @@ class SnapshotSource:
         self._session = session
         self._staging = staging
         self._wait_s = wait_s
+        self._part: SnapshotAssembly | None = None  # of a pull that was broken off
 
     async def fetch(self, version: int) -> Snapshot:
-        """The snapshot of `version`. Raises SnapshotError if it is gone: ask for the newest then."""
+        """The snapshot of `version`. Raises SnapshotError if it is not to be had: ask for the newest then."""
         try:
             answer = await self._session.ask(FetchManifest(version=version), timeout_s=self._wait_s)
         except ProtocolError as error:
@@ -62,19 +63,24 @@ class SnapshotSource:
             shutil.rmtree(snapshot.folder, ignore_errors=True)
 
     async def _pull(self, manifest: Manifest, version: int) -> Snapshot:
-        folder = self._staging / manifest.digest[:16]
-        shutil.rmtree(folder, ignore_errors=True)
-        assembly = SnapshotAssembly(folder, manifest)
-        queue = iter(sorted(assembly.missing))
-        log.info("pulling version %d: %d chunks", version, len(assembly.missing))
+        part = self._part = self._begun(manifest)
+        queue = iter(sorted(part.missing))
+        log.info("pulling version %d: %d of %d chunks", version, len(part.missing), len(manifest.chunk_digests))
         try:
             async with asyncio.TaskGroup() as workers:
                 for _ in range(CHUNKS_IN_FLIGHT):
-                    workers.create_task(self._pull_chunks(queue, assembly, manifest.digest))
+                    workers.create_task(self._pull_chunks(queue, part, manifest.digest))
         except* SnapshotError as errors:
-            assembly.discard()
             raise errors.exceptions[0] from None
-        return await asyncio.to_thread(assembly.finish, version)
+        self._part = None
+        return await asyncio.to_thread(part.finish, version)
+
+    def _begun(self, manifest: Manifest) -> SnapshotAssembly:
+        """What has come of these weights so far. What has come of others is of no use any more."""
+        if self._part is not None and self._part.manifest.digest != manifest.digest:
+            self._part.discard()
+            self._part = None
+        return self._part or SnapshotAssembly(self._staging / manifest.digest[:16], manifest)
 
     async def _pull_chunks(self, queue: Iterator[int], assembly: SnapshotAssembly, digest: str) -> None:
         for index in queue:

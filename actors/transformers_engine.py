@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from actors.engine import EngineOptions
 from actors.snapshot_tensors import TORCH_DTYPES, snapshot_tensors
 from actors.stepped_engine import Draw, Running, SteppedEngine
+from protocol.errors import SnapshotError
 from protocol.types import SamplingParams
-from protocol.weights import Snapshot, SnapshotError
+from protocol.weights import Snapshot
 
 
 class _State:

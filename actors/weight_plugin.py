@@ -30,8 +30,9 @@ from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from actors.snapshot_tensors import snapshot_tensors
 from actors.vllm_settings import PLUGIN
+from protocol.errors import SnapshotError
 from protocol.parent import leave_with
-from protocol.weights import Snapshot, SnapshotError
+from protocol.weights import Snapshot
 
 NEEDLESS_WARNINGS = (
     "vllm.model_executor.model_loader.reload.layerwise",  # at every load, of layers that have nothing to be loaded

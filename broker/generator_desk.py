@@ -21,7 +21,7 @@ from broker.peers import Peer
 from broker.prompts import Unusable
 from broker.run_state import RunState
 from broker.scheduler import Scheduler
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, SnapshotError
 from protocol.messages import (
     Bytes,
     Done,
@@ -40,7 +40,6 @@ from protocol.messages import (
 )
 from protocol.rewards import shown_name
 from protocol.types import LeaseKind, Prompt, Trajectory
-from protocol.weights import SnapshotError
 
 log = logging.getLogger("tether.broker")
 
@@ -59,6 +58,8 @@ class GeneratorDesk:
     def pull(self, peer: Peer, message: Pull, now: float) -> Leases | Wait | Later:
         run, newest = self._run, self._run.announced
         peer.seen_at, peer.held = now, (message.version, message.digest)
+        if message.digest:
+            run.shelf.ended(peer.session, message.digest)
         if run.scheduler is None or newest is None:
             return Later(Wait(reason="waiting for the learner"))
 
@@ -75,10 +76,10 @@ class GeneratorDesk:
         if isinstance(answer, NoLease):
             said = wait(answer.reason.value)
             return said if answer.reason in AT_ONCE and newer else Later(said)
+        run.changed = True
         items = self._items(answer)
         if not items:
             return Later(wait("prompts were skipped"))
-        run.changed = True
         tokens = np.concatenate([prompt.tokens for _, prompt in items]).astype(np.int32)
         return Leases(leases=[item for item, _ in items], tokens=tokens)
 
@@ -128,6 +129,7 @@ class GeneratorDesk:
             self._finish_evaluation(self._run.scheduler, now)
 
     def manifest(self, peer: Peer, message: FetchManifest) -> ManifestAnswer:
+        self._run.shelf.ended(peer.session)
         shelved = self._run.shelf.version(message.version)
         if shelved is None:
             raise ProtocolError(
@@ -136,16 +138,19 @@ class GeneratorDesk:
         path = shelved.path if peer.host and peer.host == shelved.host else ""
         return ManifestAnswer(version=shelved.version, digest=shelved.digest, manifest=shelved.manifest, path=path)
 
-    def chunk(self, message: FetchChunk) -> Bytes:
+    def chunk(self, peer: Peer, message: FetchChunk, now: float) -> Bytes:
         try:
-            return Bytes(data=self._run.shelf.chunk(message.digest, message.index))
+            return Bytes(data=self._run.shelf.chunk(message.digest, message.index, peer.session, now))
         except SnapshotError as error:
-            raise ProtocolError("chunk", f"snapshot {message.digest[:12]} is not to be had any more: {error}") from None
+            text = f"snapshot {message.digest[:12]} is not to be had any more: {error}; ask for the newest"
+            raise ProtocolError("chunk", text) from None
 
     def file(self, message: FetchFile) -> Bytes:
         entry = self._run.files.get(message.name)
         if entry is None:
             raise ProtocolError("file", f"{message.name[:80]} is no file of the model")
+        if message.offset > entry[1]:
+            raise ProtocolError("file", f"{message.name} has {entry[1]} bytes, byte {message.offset} was asked for")
         with open(entry[0], "rb") as file:
             file.seek(message.offset)
             return Bytes(data=np.frombuffer(file.read(FILE_PART_BYTES), np.uint8))

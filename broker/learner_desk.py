@@ -15,7 +15,7 @@ from broker.metrics import batch_numbers
 from broker.outcome import Later
 from broker.run_state import RunState
 from broker.shares import cut_shares
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, SnapshotError
 from protocol.messages import (
     MAX_NAME,
     MAX_TEXT,
@@ -32,7 +32,6 @@ from protocol.messages import (
 )
 from protocol.shares import split_pages
 from protocol.types import Group, Prompt
-from protocol.weights import SnapshotError
 
 log = logging.getLogger("tether.broker")
 
@@ -70,8 +69,9 @@ class LearnerDesk:
         return pages[question.page]
 
     def publish(self, message: Publish, now: float) -> Done:
+        oldest_useful = self._run.scheduler_now().next_step - self._run.config.staleness.max
         try:
-            self._run.shelf.put(message)
+            self._run.shelf.put(message, oldest_useful)
         except (SnapshotError, ValueError) as error:
             raise ProtocolError("manifest", str(error)) from None
         self._announce()

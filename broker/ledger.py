@@ -79,8 +79,8 @@ class Ledger:
 
     def requeue(self, number: int, crashed: bool = False) -> None:
         """A lost or failed lease: the prompt goes out again, ahead of all that were never offered."""
-        self._crashes[number] += crashed
         self._move(number, Open.LEASED, Open.QUEUED)
+        self._crashes[number] += crashed
         insort(self._queue, number)
 
     def finish(self, number: int) -> None:
@@ -197,7 +197,8 @@ class Ledger:
         self._open[number] = target
 
     def _settle(self, number: int, *origins: Open) -> None:
-        state = self._open.pop(number, None)
+        state = self._open.get(number)
         assert state in origins, f"prompt {number} is {state or 'settled'}, not {' or '.join(origins)}"
+        del self._open[number]
         self._failures.pop(number, None)
         self._crashes.pop(number, None)

@@ -70,12 +70,14 @@ class RunState:
             books = Ledger.restore(msgpack.unpackb(hello.ledger)) if hello.ledger else Ledger()
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError("ledger", f"the learner's ledger cannot be read: {error}") from None
+        training = hello.training_step if hello.training_step >= 0 else None
+        if training not in (None, hello.version):
+            raise ProtocolError("order", f"step {training} cannot be in training at version {hello.version}")
         if hello.skipped:
             books.skip_step()
-        training = hello.training_step if hello.training_step >= 0 else None
         self.scheduler = Scheduler(self._schedule_settings(), books, hello.version, training)
         self.epoch = secrets.randbits(63) | 1
-        self.learner_incarnation = hello.incarnation
+        self.learner_incarnation, self.num_ranks = hello.incarnation, hello.num_ranks
         self.pages.clear()
         self.shelf.clear()
         self.evaluations.clear()

@@ -1,9 +1,9 @@
 """The broker's poll loop: bytes in, bytes out. It decides nothing; `service.py` and what stands behind it do.
 
-Two ROUTER sockets, so that a heartbeat never waits behind trajectories. Every message is decoded, its sender's key
-checked against the role that may send it, and handed to the service; whatever is wrong with it is counted and refused
-in words, and nothing a peer sends can raise past `_serve`. A question that cannot be answered yet is parked here and
-tried again when something changed; after PARK_S it is answered with the reason.
+Two ROUTER sockets, so that a heartbeat never waits behind trajectories. The key of every message's sender is checked
+against the role that may send it, before the message is unpacked and handed to the service; whatever is wrong with it
+is counted and refused in words, and nothing a peer sends can raise past `_serve`. A question that cannot be answered
+yet is parked here and tried again when something changed; after PARK_S it is answered with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import zmq
 
 from broker.outcome import Later
-from protocol.codec import Frames, Header, decode, encode
+from protocol.codec import Frames, Header, decode, encode, read_envelope
 from protocol.errors import ProtocolError
 from protocol.messages import Message, Over, Refused, Role, VersionHint
 from protocol.sockets import AllowList
@@ -27,7 +27,7 @@ log = logging.getLogger("tether.broker")
 
 PARK_S = 5.0
 TICK_S = 0.25
-BURST = 64  # messages of one socket before the other gets its turn
+BURST_S = 0.005  # of one socket before the other gets its turn: what one message costs is up to its sender
 
 
 class Handler(Protocol):
@@ -84,13 +84,16 @@ class Server:
             for socket in (self._control, self._bulk):
                 if socket in ready:
                     self._drain(socket)
+            if self._allow.num_strangers:
+                self.refused["stranger"] = self._allow.num_strangers
             self._service.tick(time.monotonic())
             self._retry_parked()
             self._push(self._service.take_hints())
         self._push(self._service.farewells())
 
     def _drain(self, socket: zmq.Socket[Any]) -> None:
-        for _ in range(BURST):
+        end = time.monotonic() + BURST_S
+        while time.monotonic() < end:
             try:
                 parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -105,11 +108,11 @@ class Server:
             role = self._allow.roles.get(key)
             if role is None:
                 raise ProtocolError("key", "this key is not listed any more")
-            frames = decode(payload)
-            sequence = frames.header.sequence
-            kind = type(frames.message)
+            kind, header, _ = read_envelope(payload)
+            sequence = header.sequence  # from here on the refusal reaches who asked
             if kind.roles is None or role not in kind.roles:
                 raise ProtocolError("role", f"a {role} may not send {kind.__name__}")
+            frames = decode(payload)
         except ProtocolError as error:
             self._refuse(socket, route, sequence, error)
         else:

@@ -92,6 +92,7 @@ class Service:
         for peer in run.peers.silent(now, run.config.watchdog.lease_ttl_s):
             log.warning("%s has been silent for %.0f s: its session ends", peer.name, now - peer.seen_at)
             self._lose(peer, crashed=True)
+        run.shelf.expire(now, run.config.watchdog.lease_ttl_s)
         self._generators.settle(now)
         self._learner.start_evaluation(now)
         self._watchdog.look(now)
@@ -121,7 +122,7 @@ class Service:
             case FetchManifest():
                 return self._generators.manifest(peer, message)
             case FetchChunk():
-                return self._generators.chunk(message)
+                return self._generators.chunk(peer, message, now)
             case FetchFile():
                 return self._generators.file(message)
             case Take():
@@ -238,7 +239,6 @@ class Service:
         """A learner we do not know brings the truth with it; one that only reconnects finds everything as it was."""
         run = self._run
         if run.scheduler is None or run.learner_incarnation != hello.incarnation:
-            run.num_ranks = hello.num_ranks
             run.restore(hello, now)
 
     def _beat(self, peer: Peer, beat: Beat, now: float) -> BeatAnswer:
@@ -250,12 +250,12 @@ class Service:
             version=newest.version if newest else 0,
             digest=newest.digest if newest else "",
             revoked=self._generators.renew(peer, beat.leases, now),
-            draining=bool(run.draining),
             evaluations=run.evaluations[beat.evaluations_seen :] if first else [],
         )
 
     def _lose(self, peer: Peer, crashed: bool) -> None:
         self._run.peers.forget(peer)
+        self._run.shelf.ended(peer.session)
         if peer.role is Role.GENERATOR and self._run.scheduler is not None:
             self._run.scheduler.holder_lost(peer.id, crashed)
             self._run.changed = True

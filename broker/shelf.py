@@ -1,8 +1,15 @@
 """The snapshots that generators may ask for: what the learner published, by version and by digest.
 
-Owned by the broker process. Files are the learner's; a snapshot that is being pulled stays mapped, so it can be
-finished even after the learner has removed its folder. The broker's own memory does not grow with the weights: chunks
-are views of the map.
+Owned by the broker process; the files are the learner's, who never writes over one that is mapped (learner/
+snapshot_ring.py). So a file that this shelf has mapped stands, and the rule is here how long that is:
+
+- Only what somebody pulls is mapped. A pull ends when its reader holds the version, asks for another, leaves, or has
+  asked for no chunk for so long that it counts as dead.
+- The newest can always be pulled. An older one can be finished by those who began in time, as long as a generator that
+  holds it could be given a lease, and only one such version at a time, the oldest. All others are told to ask for the
+  newest. So shared memory holds three snapshots at most: the newest, the one being finished, the one being written.
+
+The broker's own memory does not grow with the weights, nor with their readers: chunks are views of the map.
 """
 
 from __future__ import annotations
@@ -11,10 +18,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.errors import SnapshotError
 from protocol.messages import Publish
-from protocol.weights import Bytes, Manifest, Snapshot, SnapshotError
+from protocol.snapshot_file import Bytes
+from protocol.weights import Manifest, Snapshot
 
-KEPT = 3  # newest versions on the shelf
+KEPT = 2  # the newest version, and the one before it: generators hear of the newest only once the learner advances
 REMEMBERED = 64  # newest versions whose digests are known: an evaluation may outlive its snapshot
 
 
@@ -29,16 +38,28 @@ class Shelved:
     host: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What one reader pulls, and when it last asked for a chunk of it."""
+
+    digest: str
+    asked_at: float
+
+
 class Shelf:
     """Newest version last. Emptied with every epoch."""
 
     def __init__(self) -> None:
         self._versions: OrderedDict[int, Shelved] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
-        self._mapped: dict[str, Snapshot] = {}
+        self._pulls: dict[int, Pull] = {}  # by reader
+        self._mapped: dict[str, Snapshot] = {}  # by digest; each has a reader
 
-    def put(self, publish: Publish) -> None:
-        """Raises SnapshotError if the manifest is none, or not the one the digest names."""
+    def put(self, publish: Publish, oldest_useful: int = 0) -> None:
+        """Take a new version; no lease is given any more to who holds a version below `oldest_useful`.
+
+        Raises SnapshotError if the manifest is none, ValueError if it is not the one the digest names.
+        """
         manifest = Manifest.from_bytes(publish.manifest)
         if manifest.digest != publish.digest:
             raise ValueError(f"the manifest's digest is {manifest.digest[:12]}, the message says {publish.digest[:12]}")
@@ -50,12 +71,15 @@ class Shelf:
         for table, limit in ((self._versions, KEPT), (self._digests, REMEMBERED)):
             while len(table) > limit:
                 table.popitem(last=False)
-        shelved = {entry.digest for entry in self._versions.values()}
-        self._mapped = {digest: snapshot for digest, snapshot in self._mapped.items() if digest in shelved}
+        self._mapped.pop(publish.digest, None)  # equal weights of an older version: from now on of this one's file
+        useful = [snapshot for snapshot in self._mapped.values() if snapshot.version >= oldest_useful]
+        stays = min(useful, key=lambda snapshot: snapshot.version, default=None)
+        self._mapped = {} if stays is None else {stays.digest: stays}
 
     def clear(self) -> None:
         self._versions.clear()
         self._digests.clear()
+        self._pulls.clear()
         self._mapped.clear()
 
     def digest(self, version: int) -> str:
@@ -65,16 +89,39 @@ class Shelf:
     def version(self, version: int) -> Shelved | None:
         return self._versions.get(version)
 
-    def chunk(self, digest: str, index: int) -> Bytes:
+    def chunk(self, digest: str, index: int, reader: int, now: float) -> Bytes:
         """Bytes of one chunk. Raises SnapshotError when it is not to be had any more."""
-        snapshot = self._mapped.get(digest)
-        if snapshot is None:
-            shelved = next((entry for entry in reversed(self._versions.values()) if entry.digest == digest), None)
-            if shelved is None:
-                raise SnapshotError("it is not on the shelf")
-            snapshot = Snapshot.open(Path(shelved.path), shelved.version)
-            if snapshot.digest != digest:
-                raise SnapshotError(f"its folder holds {snapshot.digest[:12]} now")
-            snapshot.data  # noqa: B018  mapped now: it stays readable after the folder is removed
-            self._mapped[digest] = snapshot
-        return snapshot.chunk(index)
+        snapshot = self._mapped.get(digest) or self._open(digest)
+        chunk = snapshot.chunk(index)
+        self._mapped[digest] = snapshot
+        self._pulls[reader] = Pull(digest, now)
+        return chunk
+
+    def ended(self, reader: int, digest: str = "") -> None:
+        """This reader pulls nothing more; with `digest`: nothing more of that."""
+        pull = self._pulls.get(reader)
+        if pull is not None and digest in ("", pull.digest):
+            del self._pulls[reader]
+            self._let_go()
+
+    def expire(self, now: float, limit_s: float) -> None:
+        """End the pulls of readers that have been silent for longer than `limit_s`."""
+        self._pulls = {reader: pull for reader, pull in self._pulls.items() if now - pull.asked_at <= limit_s}
+        self._let_go()
+
+    def _open(self, digest: str) -> Snapshot:
+        shelved = next((entry for entry in reversed(self._versions.values()) if entry.digest == digest), None)
+        if shelved is None:
+            raise SnapshotError("it is not on the shelf")
+        newest = next(reversed(self._versions.values()))
+        if shelved is not newest and any(pulled != newest.digest for pulled in self._mapped):
+            raise SnapshotError("an older one is being finished")
+        snapshot = Snapshot.open(Path(shelved.path), shelved.version)
+        if snapshot.digest != digest:
+            raise SnapshotError(f"its folder holds {snapshot.digest[:12]} now")
+        return snapshot
+
+    def _let_go(self) -> None:
+        """Unmap what nobody pulls."""
+        pulled = {pull.digest for pull in self._pulls.values()}
+        self._mapped = {digest: snapshot for digest, snapshot in self._mapped.items() if digest in pulled}

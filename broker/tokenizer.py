@@ -69,16 +69,15 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> Tokens:
         """Token ids [T] of plain text, with the special tokens that the tokenizer puts around it."""
-        return np.array(self._tokenizer.encode(text).ids, np.int32)
+        return np.array(self._ids(text, add_special_tokens=True), np.int32)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Tokens:
         """Token ids [T] of a conversation, ready for the assistant's answer."""
-        return np.array(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids, np.int32)
+        return np.array(self._ids(self.render(messages)), np.int32)
 
     def encode_answer(self, text: str) -> Tokens:
         """Token ids [T] of what the assistant should write, ended."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array([*ids, self.end_of_sequence], np.int32)
+        return np.array([*self._ids(text), self.end_of_sequence], np.int32)
 
     def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=skip_special_tokens))
@@ -99,6 +98,11 @@ class ChatTokenizer:
             return self._template.render(messages=messages, add_generation_prompt=True, **specials)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template of {self.folder} refuses the messages of a row: {error}") from None
+
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Half of a surrogate pair, which JSON can spell and the tokenizer refuses, becomes a question mark."""
+        readable = text.encode(errors="replace").decode()
+        return list(self._tokenizer.encode(readable, add_special_tokens=add_special_tokens).ids)
 
     def _compile_template(self) -> jinja2.Template | None:
         beside = self.folder / "chat_template.jinja"

@@ -6,8 +6,10 @@ Imports no torch, so that it answers "who waits for what" while everything else 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +28,12 @@ from protocol.sockets import AllowList, bind_router, broker_context, self_test, 
 log = logging.getLogger("tether.broker")
 
 
+def take_descriptors() -> None:
+    """As many as this user may have: every peer holds two, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def serve(run_dir: Path) -> None:
     """Bind, prove that strangers are refused, and serve until told to stop."""
     from broker.open_run import open_run
@@ -39,12 +47,15 @@ def serve(run_dir: Path) -> None:
     authenticator = start_authenticator(context, allow)
     try:
         key = read_server_key(run_dir)
-        control, bulk = bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key)
+        control = bind_router(context, addresses.control, key, io_thread=0)
+        bulk = bind_router(context, addresses.bulk, key, io_thread=1)
         for address in addresses:
             self_test(context, address, key)
+        allow.num_strangers = 0  # those were ours
         server = Server(control, bulk, allow, Service(open_run(config, run_dir, host_identity())))
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
         signal.signal(signal.SIGINT, lambda *_: server.stop())
+        gc.freeze()  # what is here by now stays: every full collection would stop all peers for 30 ms to look at it
         log.info("serving at %s and %s", *addresses)
         server.run()
     finally:
@@ -58,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log_to_stderr("broker")
     leave_with_parent(os.environ)
+    take_descriptors()
     try:
         serve(args.run_dir)
     except TetherError as error:

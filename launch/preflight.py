@@ -11,6 +11,7 @@ from pathlib import Path
 
 from protocol.config import Config
 from protocol.errors import ConfigError, PreflightError
+from protocol.keys import require_curve
 
 SNAPSHOTS = 3
 """Weights that lie in shared memory at a time: the newest, the one being read, the one being written."""
@@ -18,6 +19,7 @@ SNAPSHOTS = 3
 
 def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
     """Raises PreflightError or ConfigError for the first thing that is missing."""
+    require_curve()
     check_packages(config)
     check_model(config.model.path)
     check_shared_memory(Path(config.model.path), shared_memory)

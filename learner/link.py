@@ -79,7 +79,6 @@ class Link:
         wait_s: float,
     ) -> None:
         self.rank, self.num_ranks = rank, num_ranks
-        self.draining = False
         self.heartbeat_numbers: dict[str, float] = {}
         self._standing = self._told = standing  # what is so, and what the last hello said
         self._batch_epoch = 0  # of the batch in training
@@ -275,7 +274,6 @@ class Link:
             and epoch == self._session.epoch
             and beat.evaluations_seen == self._evaluations_received
         ):
-            self.draining = answer.draining
             for fields in answer.evaluations:
                 self._evaluations_received += 1
                 evaluation = Evaluation.model_validate(fields)

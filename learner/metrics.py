@@ -70,7 +70,12 @@ class MetricsWriter:
         path = run_folder / "metrics.jsonl"
         cut_lines(path, first_step, "step")
         self._lines: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
-        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step, flush_secs=10)
+        self._board = SummaryWriter(
+            str(run_folder / "tensorboard"),
+            purge_step=first_step,
+            flush_secs=10,
+            max_queue=1000,  # points of several steps: with the default of 10, a step waits for its own to be written
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point per curve. What is not finite is null in the file and no point."""

@@ -122,9 +122,8 @@ class ChunkedHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """hidden [K, D], targets [K] -> log-probabilities [K], entropies [K] without gradient, both float32."""
-        weight = (
-            self.lm_head.weight
-        )  # read once: under ZeRO-3 each read is a collective, and ranks have unlike chunk counts
+        # the weight, no call of the module per chunk: under ZeRO-3 a call gathers, and ranks have unlike chunk counts
+        weight = self.lm_head.weight
         chunks = [
             checkpoint(
                 self._chunk,

@@ -8,31 +8,26 @@ after all have written.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from learner.policy import Policy
 from learner.ranks import Ranks
+from learner.snapshot_ring import SnapshotRing, place_of
 from protocol.weights import ITEM_BYTES, Snapshot, SnapshotWriter, lay_out
-
-KEPT = 3  # one that generators load, one before it, one that is being written
 
 
 class Publisher:
-    """Owns `folder`, readable by this user only; what lies there from an earlier run is removed."""
+    """Writes into `folder`; which snapshots stand there, and for how long: `SnapshotRing`."""
 
     def __init__(self, folder: Path, policy: Policy, ranks: Ranks) -> None:
-        self._folder = folder
         self._policy = policy
         self._ranks = ranks
         self._layout = lay_out(policy.layout())
         self._pending: tuple[int, SnapshotWriter] | None = None
-        self._kept: list[Path] = []
-        if ranks.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(mode=0o700, parents=True)
+        self._folder = folder
+        self._ring = SnapshotRing(folder, self._layout) if ranks.is_first else None
 
     def copy(self, version: int) -> None:
         """Write the current weights aside; they may change as soon as this returns. Collective.
@@ -40,12 +35,11 @@ class Publisher:
         Raises SnapshotError if there is no room.
         """
         assert self._pending is None, "finish() of the version before must come first"
-        place = self._folder / f"v{version}"
-        writer = SnapshotWriter(place, self._layout) if self._ranks.is_first else None
+        writer = self._ring.begin(version) if self._ring is not None else None
         self._ranks.barrier(f"make room for snapshot {version}")
         specs = {spec.name: spec for spec in self._layout}
         for name, start, elements in self._policy.owned():
-            writer = writer or SnapshotWriter(place, self._layout, create=False)
+            writer = writer or SnapshotWriter(place_of(self._folder, version), self._layout, create=False)
             first = start * ITEM_BYTES[specs[name].dtype]
             source = elements.view(torch.uint8)
             torch.from_numpy(writer.view(specs[name])[first : first + len(source)]).copy_(source)
@@ -55,13 +49,9 @@ class Publisher:
             self._pending = (version, writer)
 
     def finish(self) -> Snapshot:
-        """Digest what `copy` wrote, give it its name, remove the oldest. Rank 0, any thread; no collective."""
+        """Digest what `copy` wrote and give it its name. Rank 0, any thread; no collective."""
         assert self._pending is not None, "copy() comes first"
         version, writer = self._pending
         snapshot = writer.finish(version)
-        self._kept.append(snapshot.folder)
-        for folder in self._kept[:-KEPT]:
-            shutil.rmtree(folder)
-        self._kept = self._kept[-KEPT:]
         self._pending = None
         return snapshot

@@ -1,7 +1,8 @@
 """One DEALER socket with requests and answers: every request has a deadline, and is repeated until it is answered.
 
 Used by generators, learner ranks and tools, inside an asyncio loop. One task reads; nobody cancels a receive (that
-can lose a message), only the future that waits for it.
+can lose a message), only the future that waits for it. That a slow line is not filled with answers to repeated
+requests, while those to the first are still under way, rests on `_is_lost`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import zmq
 import zmq.asyncio
@@ -23,8 +25,17 @@ from protocol.sockets import connect_dealer
 
 log = logging.getLogger("tether.channel")
 
-REPEAT_S = 6.0  # a parked request is answered after 5 s at the latest, so silence beyond that means a loss
+REPEAT_S = 6.0  # a parked request is answered after 5 s at the latest; what may be lost is asked again after this
 RENEW_S = 18.0  # after so much silence the socket is replaced: there may be a new peer behind a dead connection
+
+
+@dataclass(eq=False)
+class _Request:
+    """A question that waits for its answer."""
+
+    answer: asyncio.Future[Frames]
+    place: int = 0  # in the order in which questions were sent
+    sent_at: float = 0.0
 
 
 class Channel:
@@ -36,23 +47,25 @@ class Channel:
         self._on_push = on_push
         self._context = zmq.asyncio.Context.instance()
         self._sequence = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Frames]] = {}
+        self._waiting: dict[int, _Request] = {}
+        self._sent = 0  # questions so far, repeated ones too
+        self._answered = 0  # the latest place that an answer came to: what was sent earlier and has none was lost
         self._connect()
 
     async def request(self, message: Message, *, epoch: int, session: int, timeout_s: float, what: str) -> Frames:
         """The answer to `message`. Raises PeerTimeout naming `what` was waited for."""
         sequence = next(self._sequence)
         frames = encode(message, Header(epoch, session, sequence))
-        answer: asyncio.Future[Frames] = asyncio.get_running_loop().create_future()
-        self._waiting[sequence] = answer
+        request = self._waiting[sequence] = _Request(asyncio.get_running_loop().create_future())
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
         try:
             while True:
-                await self._send(frames, deadline)
-                done, _ = await asyncio.wait([answer], timeout=max(0.0, min(REPEAT_S, deadline - clock())))
+                if self._is_lost(request):
+                    await self._send(request, frames, deadline)
+                done, _ = await asyncio.wait([request.answer], timeout=max(0.0, min(REPEAT_S, deadline - clock())))
                 if done:
-                    return answer.result()
+                    return request.answer.result()
                 if clock() >= deadline:
                     raise PeerTimeout(
                         f"waited {timeout_s:.0f} s for {what} from the broker at {self.address}, no answer came"
@@ -71,6 +84,7 @@ class Channel:
     def _connect(self) -> None:
         self._socket = connect_dealer(self._context, self.address, self._key)
         self._heard_at = asyncio.get_running_loop().time()  # or made anew, so that many requests do not take turns
+        self._answered = self._sent  # what the socket before was asked, nobody will answer
         self._reader = asyncio.get_running_loop().create_task(self._read(self._socket))
 
     def _reconnect(self) -> None:
@@ -79,11 +93,25 @@ class Channel:
         self._socket.close(linger=0)
         self._connect()
 
-    async def _send(self, frames: list[bytes | memoryview], deadline: float) -> None:
-        left = deadline - asyncio.get_running_loop().time()
-        with contextlib.suppress(TimeoutError, zmq.ZMQError):  # not sent is the same as lost: it is repeated
-            async with asyncio.timeout(max(0.01, min(REPEAT_S, left))):
-                await self._socket.send_multipart(frames)
+    def _is_lost(self, request: _Request) -> bool:
+        """Whether to send it (again): the broker is silent, or has answered what was asked later.
+
+        As long as it only answers what was asked before, ours is in its queue behind that.
+        """
+        heard_at = max(self._heard_at, request.sent_at)
+        return self._answered >= request.place or asyncio.get_running_loop().time() - heard_at >= REPEAT_S
+
+    async def _send(self, request: _Request, frames: list[bytes | memoryview], deadline: float) -> None:
+        self._sent += 1
+        request.place, request.sent_at = self._sent, asyncio.get_running_loop().time()
+        with contextlib.suppress(zmq.ZMQError):  # not sent is the same as lost: it is repeated
+            sending = self._socket.send_multipart(frames)
+            try:  # waited for, not awaited: replacing the socket cancels what it has not sent, which must not cancel us
+                await asyncio.wait([sending], timeout=max(0.01, min(REPEAT_S, deadline - request.sent_at)))
+            finally:
+                sending.cancel()
+            if not sending.cancelled():
+                sending.result()
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -95,8 +123,9 @@ class Channel:
             except zmq.ZMQError:
                 return  # the socket was replaced
             self._heard_at = asyncio.get_running_loop().time()
-            waiting = self._waiting.get(frames.header.sequence)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(frames)
+            request = self._waiting.get(frames.header.sequence)
+            if request is not None and not request.answer.done():
+                self._answered = max(self._answered, request.place)
+                request.answer.set_result(frames)
             elif frames.header.sequence == 0 and self._on_push is not None:
                 self._on_push(frames)

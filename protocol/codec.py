@@ -1,17 +1,19 @@
 """Messages to frames and back, refusing whatever is not exactly right.
 
-    frame 0   header, 48 bytes little-endian (struct Header below)
+    frame 0   header, 48 bytes little-endian (`_HEADER` below and its own crc32): a changed bit anywhere is refused
     frame 1   one msgpack map: the plain fields, and under "_" the declared arrays: [name, dtype, shape, crc32]
     frame 2.. the arrays' raw little-endian bytes, in that order
 
 `decode` raises ProtocolError and nothing else, whatever the bytes are: the promise that no peer can crash a process
-rests on it. Nothing is allocated from a declared size before the bytes have been seen to be there.
+rests on it. Nothing is allocated from a declared size before the bytes have been seen to be there. That no peer can
+make the broker stand still rests on `_max_body_bytes` and `_Containers`: what it may be asked is small to unpack.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from functools import cache
@@ -22,12 +24,16 @@ import numpy as np
 from pydantic import ValidationError
 
 from protocol.errors import ProtocolError
-from protocol.messages import MESSAGES, PROTOCOL_VERSION, ArrayField, Message
+from protocol.messages import MESSAGES, PROTOCOL_VERSION, ArrayField, Hello, Message, Publish
 
 MAGIC = b"TTHR"
-_HEADER = struct.Struct("<4sHHIHHQQQII")
+_HEADER = struct.Struct("<4sHHIHHQQQI")  # ends with the map's crc32
+_CHECKSUM = struct.Struct("<I")
 
-MAX_BODY_BYTES = 8 << 20
+MAX_BODY_BYTES = 8 << 20  # of what the broker says
+MAX_QUESTION_BYTES = 288 << 10  # of what it is asked: the largest Beat, 4096 leases and 256 numbers, has 260 KiB
+_LARGER_QUESTIONS = {Hello: (1 << 20) + (64 << 10), Publish: (4 << 20) + (64 << 10)}  # a ledger, a manifest
+MAX_CONTAINERS = 8192  # lists and maps of a question: a byte each on the wire, 56 bytes and more once unpacked
 MAX_ARRAY_BYTES = 8 << 20
 MAX_ARRAYS = 16
 MAX_FRAMES = 2 + MAX_ARRAYS
@@ -50,9 +56,30 @@ class Header(NamedTuple):
     sequence: int  # chosen by the asker, repeated by the answer; 0: a push
 
 
+class Envelope(NamedTuple):
+    """What can be said of a message before it is unpacked."""
+
+    kind: type[Message]
+    header: Header
+    num_arrays: int
+
+
 class Frames(NamedTuple):
     header: Header
     message: Message
+
+
+class _Containers:
+    """Counts the lists and maps of a message while it is unpacked."""
+
+    def __init__(self, kind: type[Message]) -> None:
+        self._left = MAX_CONTAINERS if kind.roles is not None else sys.maxsize
+
+    def one(self, container: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("too many lists and maps")
+        return container
 
 
 def encode(message: Message, header: Header) -> list[bytes | memoryview]:
@@ -73,19 +100,25 @@ def encode(message: Message, header: Header) -> list[bytes | memoryview]:
     body["_"] = declared
     packed = msgpack.packb(body, use_bin_type=True)
     head = _HEADER.pack(
-        MAGIC, PROTOCOL_VERSION, _NUMBER[type(message)], len(packed), len(blobs), 0, *header, zlib.crc32(packed), 0
+        MAGIC, PROTOCOL_VERSION, _NUMBER[type(message)], len(packed), len(blobs), 0, *header, zlib.crc32(packed)
     )
-    return [head, packed, *blobs]
+    return [head + _CHECKSUM.pack(zlib.crc32(head)), packed, *blobs]
+
+
+def read_envelope(frames: Sequence[bytes | memoryview]) -> Envelope:
+    """What frame 0 says, after a look at the number of frames and at the map's checksum. Raises ProtocolError."""
+    if not 2 <= len(frames) <= MAX_FRAMES:
+        raise ProtocolError("frames", f"expected 2 to {MAX_FRAMES} frames, got {len(frames)}")
+    envelope = _decode_header(frames[0], frames[1])
+    if envelope.num_arrays != len(frames) - 2:
+        raise ProtocolError("frames", f"the header declares {envelope.num_arrays} arrays, {len(frames) - 2} came")
+    return envelope
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> Frames:
     """The message in these frames. Raises ProtocolError if anything at all is wrong with them."""
-    if not 2 <= len(frames) <= MAX_FRAMES:
-        raise ProtocolError("frames", f"expected 2 to {MAX_FRAMES} frames, got {len(frames)}")
-    kind, header, num_arrays = _decode_header(frames[0], frames[1])
-    if num_arrays != len(frames) - 2:
-        raise ProtocolError("frames", f"the header declares {num_arrays} arrays, {len(frames) - 2} came")
-    body = _decode_body(frames[1])
+    kind, header, num_arrays = read_envelope(frames)
+    body = _decode_body(frames[1], kind)
     declared = body.pop("_", None)
     wanted = _array_fields(kind)
     if not isinstance(declared, list) or len(declared) != len(wanted) or len(declared) != num_arrays:
@@ -102,30 +135,48 @@ def decode(frames: Sequence[bytes | memoryview]) -> Frames:
         raise ProtocolError("fields", f"{kind.__name__}: {type(error).__name__}") from None
 
 
-def _decode_header(head: bytes | memoryview, packed: bytes | memoryview) -> tuple[type[Message], Header, int]:
-    if len(head) != _HEADER.size:
-        raise ProtocolError("header", f"expected {_HEADER.size} bytes, got {len(head)}")
-    magic, version, number, length, num_arrays, reserved, epoch, session, sequence, crc, pad = _HEADER.unpack(head)
-    if magic != MAGIC or reserved or pad:
+def can_travel(value: Any) -> bool:
+    """Whether a plain value inside a message reaches the other side: JSON can hold what msgpack and UTF-8 cannot."""
+    try:
+        msgpack.unpackb(msgpack.packb(value), **_UNPACK_LIMITS)
+    except (ValueError, OverflowError, TypeError):  # UnicodeEncodeError is a ValueError
+        return False
+    return True
+
+
+def _decode_header(head: bytes | memoryview, packed: bytes | memoryview) -> Envelope:
+    if len(head) != _HEADER.size + _CHECKSUM.size:
+        raise ProtocolError("header", f"expected {_HEADER.size + _CHECKSUM.size} bytes, got {len(head)}")
+    magic, version, number, length, num_arrays, reserved, epoch, session, sequence, crc = _HEADER.unpack_from(head)
+    if magic != MAGIC or reserved:
         raise ProtocolError("header", "not a Tether message")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(
             "version", f"protocol {version} was sent, {PROTOCOL_VERSION} is spoken here; update the older side"
         )
+    if _CHECKSUM.unpack_from(head, _HEADER.size) != (zlib.crc32(head[: _HEADER.size]),):
+        raise ProtocolError("checksum", "the header does not match its checksum")
     if number >= len(MESSAGES):
         raise ProtocolError("type", f"unknown message type {number}")
-    if length != len(packed) or length > MAX_BODY_BYTES:
-        raise ProtocolError(
-            "length", f"the header declares {length} bytes, {len(packed)} came, {MAX_BODY_BYTES} is the limit"
-        )
+    kind = MESSAGES[number]
+    limit = _max_body_bytes(kind)
+    if length != len(packed) or length > limit:
+        raise ProtocolError("length", f"the header declares {length} bytes, {len(packed)} came, {limit} is the limit")
     if zlib.crc32(packed) != crc:
         raise ProtocolError("checksum", "the message's map does not match its checksum")
-    return MESSAGES[number], Header(epoch, session, sequence), num_arrays
+    return Envelope(kind, Header(epoch, session, sequence), num_arrays)
 
 
-def _decode_body(packed: bytes | memoryview) -> dict[str, Any]:
+def _max_body_bytes(kind: type[Message]) -> int:
+    """Of the map: what the broker is asked by many has to be small, what it answers may be large."""
+    return MAX_BODY_BYTES if kind.roles is None else _LARGER_QUESTIONS.get(kind, MAX_QUESTION_BYTES)
+
+
+def _decode_body(packed: bytes | memoryview, kind: type[Message]) -> dict[str, Any]:
+    count = _Containers(kind).one
+    hooks = {"list_hook": count, "object_hook": count, "ext_hook": _refuse_extension}
     try:
-        body = msgpack.unpackb(packed, raw=False, ext_hook=_refuse_extension, timestamp=0, **_UNPACK_LIMITS)
+        body = msgpack.unpackb(packed, raw=False, timestamp=0, **hooks, **_UNPACK_LIMITS)
     except Exception as error:  # msgpack documents no common base of what malformed input raises
         raise ProtocolError("msgpack", f"malformed map: {type(error).__name__}") from None
     if not isinstance(body, dict):

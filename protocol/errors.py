@@ -63,6 +63,10 @@ class PeerTimeout(TetherError):
     exit_code = Exit.ORPHAN
 
 
+class SnapshotError(TetherError):
+    """A snapshot or manifest is not what it claims to be, or is not there."""
+
+
 class NoProgress(TetherError):
     """The watchdog gave up: the message is the one-line verdict."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import zmq
 
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, PreflightError
 from protocol.messages import Role
 
 _FORMAT = "tether-key-1"
@@ -41,6 +41,15 @@ class ClientKey:
     @property
     def fingerprint(self) -> str:
         return self.public[:8]
+
+
+def require_curve() -> None:
+    """Raises PreflightError if the ZeroMQ library here cannot encrypt: it can be built without CURVE."""
+    if not zmq.has("curve"):
+        raise PreflightError(
+            f"every connection is encrypted with CURVE, which the ZeroMQ library of this Python ({zmq.zmq_version()}) "
+            "was built without; install pyzmq as a wheel: pip install --force-reinstall --only-binary pyzmq pyzmq"
+        )
 
 
 def make_run_keys(run_dir: Path) -> None:
@@ -95,6 +104,7 @@ def _write(path: Path, fields: dict[str, str]) -> None:
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, str]:
+    require_curve()
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         fields = json.loads(path.read_text())

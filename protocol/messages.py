@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_NAME = 128
 MAX_TEXT = 4096
@@ -54,6 +54,7 @@ BOOL = Annotated[NDArray[np.bool_], ArrayField("bool")]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 _FROM_LIST = Field(strict=False)  # msgpack has no tuples
 Pair = Annotated[tuple[Natural, Natural], _FROM_LIST]
 Triple = Annotated[tuple[Natural, Natural, Natural], _FROM_LIST]
@@ -128,7 +129,7 @@ class Welcome(Message):
     """The run's resolved settings."""
     files: list[FileEntry] = []
     """Generator: (name, bytes, sha256) of the model's config and tokenizer files, to be fetched."""
-    heartbeat_s: float
+    heartbeat_s: Seconds
     num_steps: Natural = 0
     """T."""
 
@@ -164,9 +165,9 @@ class Beat(Message):
     roles = _ANYONE
     state: Name
     detail: Text = ""
-    for_s: float = 0.0
+    for_s: Seconds = 0.0
     """How long it has been in this state."""
-    leases: list[Triple] = Field(default=[], max_length=4096)
+    leases: list[Triple] = Field(default=[], max_length=4096, fail_fast=True)
     """Generator: (prompt, attempt, tokens so far) of every lease it holds."""
     numbers: dict[Name, float] = Field(default={}, max_length=256)
     """Generator: its statistics; learner rank 0: the last step's metrics."""
@@ -193,11 +194,8 @@ class BeatAnswer(Message):
     digest: Name
     revoked: list[Pair] = []
     """(prompt, attempt) of leases that are no longer the sender's."""
-    draining: bool = False
     evaluations: list[dict[str, Any]] = []
     """Rank 0: finished evaluations (`Evaluation`) it has not seen."""
-    numbers: dict[str, float] = {}
-    """Rank 0: the broker's metrics (ledger/..., broker/..., staleness/in_flight, generator/<name>/...)."""
 
 
 class VersionHint(Message):
@@ -254,7 +252,7 @@ class LeaseItem(BaseModel):
     samples: Natural
     version: Natural
     failures: Natural
-    ttl_s: float
+    ttl_s: Seconds
     num_tokens: Natural
     columns: dict[str, Any]
 
@@ -280,21 +278,18 @@ class Result(Message):
 
     roles = _GENERATOR
     epoch: Natural
-    evaluation: bool
     prompt: Natural
     attempt: Natural
     sample: Natural
     error: Text = ""
     finish_reason: Literal["stop", "length"] = "stop"
-    spans: list[Triple] = Field(default=[], max_length=4096)
+    spans: list[Triple] = Field(default=[], max_length=4096, fail_fast=True)
     reward: float = 0.0
     rewards: dict[Name, float | None] = Field(default={}, max_length=64)
     has_observed: bool = False
     tokens: I32
     behavior_logprobs: F32
     observed: BOOL
-    generate_s: float = 0.0
-    """From lease to the last token, for pacing."""
 
 
 class Verdict(Message):

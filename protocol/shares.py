@@ -33,7 +33,11 @@ def split_pages(share: Share, page_bytes: int = PAGE_BYTES) -> list[SharePage]:
 
 
 def join_pages(pages: Sequence[SharePage], epoch: int, rank: int, num_ranks: int) -> Share:
-    """The share whose pages these are. Raises ProtocolError if their arrays contradict each other."""
+    """The share whose pages these are, in any order; a page that came twice counts once.
+
+    Raises ProtocolError if they are not all the pages of one share, or their arrays contradict each other.
+    """
+    pages = _complete(pages)
     first = pages[0]
     try:
         items = tuple(item for page in pages for item in _items(page))
@@ -82,6 +86,18 @@ def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> 
         baseline_rewards=share.baseline_rewards if tables else empty,
         remainder_groups=_ints(sorted(share.remainder_groups) if tables else ()),
     )
+
+
+def _complete(pages: Sequence[SharePage]) -> list[SharePage]:
+    """Each page of the share once, in order."""
+    shares = {(page.step, page.batch_digest, page.num_pages) for page in pages}
+    if len(shares) != 1:
+        raise ProtocolError("share", f"expected the pages of one share, got those of {len(shares)}")
+    by_number = {page.page: page for page in pages}
+    num_pages = pages[0].num_pages
+    if len(by_number) != num_pages or max(by_number) >= num_pages:
+        raise ProtocolError("share", f"expected {num_pages} pages, got numbers {sorted(by_number)[:8]}")
+    return [by_number[number] for number in range(num_pages)]
 
 
 def _items(page: SharePage) -> list[ShareItem]:

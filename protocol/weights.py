@@ -1,19 +1,16 @@
 """Snapshots: one version of the policy's weights as a folder with one flat file and its manifest.
 
-Owns the folder's layout, the manifest's bytes and their meaning. The learner writes snapshots, the broker serves
-their chunks, generators map them or pull them chunk by chunk. A snapshot never changes once it has its name:
-`SnapshotWriter` and `SnapshotAssembly` work in `<folder>.part` and rename it. Its identity is `Manifest.digest`:
-version numbers repeat after a resume. That a peer's chunk is what the learner wrote rests on `Manifest.check_chunk`;
-that a manifest cannot point outside its file rests on `Manifest.from_bytes`.
+Owns the manifest's bytes and their meaning; who may read or write the folder: protocol/snapshot_file.py. The learner
+writes snapshots, the broker serves their chunks, generators map them or pull them chunk by chunk. A snapshot never
+changes while it has its name: `SnapshotWriter` and `SnapshotAssembly` work in `<folder>.part` and rename it. Its
+identity is `Manifest.digest`: version numbers repeat after a resume. That a peer's chunk is what the learner wrote
+rests on `Manifest.check_chunk`; that a manifest cannot point outside its file rests on `Manifest.from_bytes`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,24 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from protocol.errors import TetherError
+from protocol.errors import SnapshotError
+from protocol.snapshot_file import WEIGHTS_FILE, Bytes, SnapshotPart, read_folder
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ALIGNMENT_BYTES = 64
 CHUNK_BYTES = 4 << 20
 MAX_MANIFEST_BYTES = 4 << 20
 FORMAT = 1
-
-WEIGHTS_FILE = "weights.bin"
-MANIFEST_FILE = "manifest.json"
-
-Bytes = NDArray[np.uint8]
-
-
-class SnapshotError(TetherError):
-    """A snapshot or manifest is not what it claims to be, or is not there."""
 
 
 class TensorSpec(NamedTuple):
@@ -156,20 +144,23 @@ def _checked_spec(name: Any, dtype: Any, shape: Any, offset: Any, nbytes: Any) -
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A complete snapshot on this host, mapped when first read. The mapping lives as long as a view of it."""
+    """A complete snapshot on this host. It is neither changed nor removed while a view of its data lives."""
 
     folder: Path
     version: int
     manifest: Manifest
+    data: Bytes  # the flat file, mapped
 
     @classmethod
     def open(cls, folder: Path, version: int) -> Snapshot:
-        """Read the manifest; the weights themselves are not touched. Raises SnapshotError if anything is missing."""
+        """Map the weights; they are not touched. Raises SnapshotError if anything is missing or is being written."""
         try:
-            data = (folder / MANIFEST_FILE).read_bytes()
+            manifest, data = read_folder(folder)
+        except BlockingIOError:
+            raise SnapshotError(f"no snapshot at {folder}: its file is being written over with a later one") from None
         except OSError as error:
             raise SnapshotError(f"no snapshot at {folder}: {error.strerror}") from error
-        snapshot = cls(folder, version, Manifest.from_bytes(data))
+        snapshot = cls(folder, version, Manifest.from_bytes(manifest), data)
         snapshot.check_size()
         return snapshot
 
@@ -187,12 +178,6 @@ class Snapshot:
         if size != self.manifest.total_bytes:
             raise SnapshotError(f"{path} must have {self.manifest.total_bytes} bytes, has {size}")
 
-    @cached_property
-    def data(self) -> Bytes:
-        """The flat file, mapped privately: writing to a view never reaches the file."""
-        with open(self.folder / WEIGHTS_FILE, "rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
-
     def view(self, spec: TensorSpec) -> Bytes:
         """The bytes of one tensor, little-endian, row-major."""
         return self.data[spec.offset : spec.offset + spec.nbytes]
@@ -207,44 +192,16 @@ class Snapshot:
             self.manifest.check_chunk(index, self.chunk(index))
 
 
-class _Part:
-    """The folder while it is written: `<folder>.part` with a flat file of full length, mapped shared."""
-
-    def __init__(self, folder: Path, total_bytes: int, create: bool) -> None:
-        self._folder = folder
-        self._aside = folder.with_name(folder.name + ".part")
-        flags = os.O_RDWR
-        if create:
-            self._aside.mkdir(mode=0o700)
-            flags |= os.O_CREAT | os.O_EXCL
-        fd = os.open(self._aside / WEIGHTS_FILE, flags, 0o600)
-        try:
-            if create:
-                os.posix_fallocate(fd, 0, total_bytes)  # a full memory is an error here; later it would be a signal
-            self.data: Bytes = np.frombuffer(mmap.mmap(fd, total_bytes), dtype=np.uint8)
-        except OSError as error:
-            shutil.rmtree(self._aside)
-            raise SnapshotError(f"no room for {total_bytes} bytes in {self._aside}: {error.strerror}") from error
-        finally:
-            os.close(fd)
-
-    def publish(self, manifest: Manifest, version: int) -> Snapshot:
-        (self._aside / MANIFEST_FILE).write_bytes(manifest.to_bytes())
-        os.rename(self._aside, self._folder)
-        return Snapshot(self._folder, version, manifest)
-
-    def discard(self) -> None:
-        """Remove what was written so far."""
-        shutil.rmtree(self._aside)
-
-
 class SnapshotWriter:
-    """Writes a snapshot from tensors: fill every `view`, then `finish`. Other processes may help (`create=False`)."""
+    """Writes snapshots from tensors: fill every `view`, then `finish`. Other processes may help (`create=False`).
+
+    What was finished can be written over with a later version: `take_back`, then `rename` or `discard`.
+    """
 
     def __init__(self, folder: Path, layout: tuple[TensorSpec, ...], create: bool = True) -> None:
         self._layout = layout
-        self._part = _Part(folder, layout[-1].offset + layout[-1].nbytes, create)
-        self.discard = self._part.discard
+        self._part = SnapshotPart(folder, layout[-1].offset + layout[-1].nbytes, create)
+        self.take_back, self.rename, self.discard = self._part.take_back, self._part.rename, self._part.discard
 
     def view(self, spec: TensorSpec) -> Bytes:
         """The writable bytes of one tensor."""
@@ -255,25 +212,25 @@ class SnapshotWriter:
         data = self._part.data
         starts = range(0, len(data), CHUNK_BYTES)
         digests = tuple(_sha256(data[start : start + CHUNK_BYTES]) for start in starts)
-        return self._part.publish(Manifest(self._layout, digests), version)
+        return Snapshot.open(self._part.publish(Manifest(self._layout, digests, CHUNK_BYTES).to_bytes()), version)
 
 
 class SnapshotAssembly:
     """Puts a snapshot together from chunks of another host, in any order, over as many connections as it takes."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._part = _Part(folder, manifest.total_bytes, create=True)
+        self.manifest = manifest
+        self._part = SnapshotPart(folder, manifest.total_bytes, create=True)
         self.missing = set(range(len(manifest.chunk_digests)))
         self.discard = self._part.discard
 
     def put(self, index: int, data: bytes | Bytes) -> None:
         """Verify and keep one chunk. Raises SnapshotError when it is not what the manifest says."""
-        self._manifest.check_chunk(index, data)
-        start, end = self._manifest.chunk_range(index)
+        self.manifest.check_chunk(index, data)
+        start, end = self.manifest.chunk_range(index)
         self._part.data[start:end] = np.frombuffer(data, dtype=np.uint8)
         self.missing.discard(index)
 
     def finish(self, version: int) -> Snapshot:
         assert not self.missing, f"{len(self.missing)} chunks have not come yet"
-        return self._part.publish(self._manifest, version)
+        return Snapshot.open(self._part.publish(self.manifest.to_bytes()), version)

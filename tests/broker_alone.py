@@ -141,7 +141,6 @@ class Peer:
     def result(self, lease: LeaseItem, sample: int, **fields: Any) -> Result:
         given: dict[str, Any] = {
             "epoch": self.epoch,
-            "evaluation": lease.kind == "evaluate",
             "prompt": lease.number,
             "attempt": lease.attempt,
             "sample": sample,

@@ -67,6 +67,19 @@ def flags(**changed: str | int | float) -> list[str]:
     return [word for name, value in (values | changed).items() for word in (f"--{name}", str(value))]
 
 
+def fast_flags(**changed: str | int | float) -> list[str]:
+    """Flags of a run in which everything is real but the sampled tokens: a step takes some hundredths of a second.
+
+    Every completion is in samples/, and its tokens tell which version drew them (`actors.fake_engine.fake_token`).
+    """
+    values: dict[str, str | int | float] = {
+        "generators.engine": "fake",
+        "checkpoint.every": 5,
+        "run.samples_per_step": 1000,
+    }
+    return flags(**(values | changed))
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file that may be growing."""
     if not path.exists():
@@ -159,6 +172,11 @@ class ClusterProcess:
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of training steps in metrics.jsonl; those of evaluations are left out."""
     return [row for row in lines_of(run_dir / "metrics.jsonl") if "reward/mean" in row]
+
+
+def samples_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Every trained completion that the run wrote down, in the order of the steps."""
+    return [sample for path in sorted((run_dir / "samples").glob("*.jsonl")) for sample in lines_of(path)]
 
 
 def ledger_of(row: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What every test process needs before deepspeed is imported, and the one world of one rank that they share."""
+"""What every test process needs: settings of hypothesis, an environment for deepspeed, and one world of one rank."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+settings.load_profile("ci")  # equal examples in every run and everywhere; --hypothesis-profile=default: new ones
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("LOCAL_RANK", "0")
 
 if TYPE_CHECKING:
     from learner.ranks import Ranks
+    from tests.rank_worlds import World
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,17 @@ def ranks() -> Iterator[Ranks]:
     opened = Ranks.open({}, "cpu", timeout_s=30)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> World:
+    from tests.rank_worlds import world_of_two
+
+    return world_of_two(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> World:
+    from tests.rank_worlds import world_of_three
+
+    return world_of_three(tmp_path_factory.mktemp("three"), ranks)

@@ -1,6 +1,6 @@
 """One of several learner ranks over gloo: trains at every ZeRO stage and writes down what it saw.
 
-`run_ranks` starts as many as asked for; each process runs `main`. What is written is compared with one rank by the
+Started by `tests/rank_processes.py`, with the parts to run in order. What is written is compared with one rank by the
 tests.
 """
 
@@ -8,47 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+GATHER_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small parameters, too
+DEATH_REPEAT_S = 0.5  # what a dying broker left unanswered is asked again sooner than in life
 
 
-def run_ranks(folder: Path, num_ranks: int, timeout_s: float = 100.0) -> list[dict[str, Any]]:
-    """Run `main` in `num_ranks` processes on `folder`; what each rank saw, by rank."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(num_ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        with open(folder / f"rank{rank}.log", "wb") as log:
-            command = [sys.executable, "-m", "tests.rank_program", str(folder)]
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | place | meeting, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(num_ranks))
-    assert codes == [0] * num_ranks, logs
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def main(folder: Path) -> None:
+def main(folder: Path, parts: Sequence[str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
@@ -56,13 +25,54 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     ranks = Ranks.open(os.environ, "cpu", timeout_s=60)
-    seen: dict[str, Any] = collectives(ranks)
+    seen: dict[str, Any] = {}
+    for part in parts:
+        seen |= PARTS[part](folder, ranks)
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+
+
+def gradients(folder: Path, ranks: Any) -> dict[str, Any]:
+    """The gradient of one batch at every ZeRO stage and budget; rank 0 writes it down by name."""
+    from safetensors.torch import save_file
+
+    from tests.learning import BUDGETS, gradient, open_policy, sampled_batch
+
+    found, updates = {}, {}
+    rows = sampled_batch(str(folder / "untied"))
+    for zero in range(4):
+        policy = open_policy(str(folder / "untied"), ranks, zero, clip_grad=0.0, deepspeed=GATHER_EVERYTHING)
+        for budget in BUDGETS:
+            by_name, update = gradient(policy, ranks, rows, budget)
+            found |= {f"{zero}/{budget}/{name}": value for name, value in by_name.items()}
+            updates[f"{zero}/{budget}"] = [update.sums["loss"], update.grad_norm, update.num_micro_batches]
+    if ranks.is_first:
+        save_file(found, folder / "gradients.safetensors")
+    return {"gradients": updates}
+
+
+def served(folder: Path, ranks: Any) -> dict[str, Any]:
+    from tests.watched_rank import train_watched
+
+    return {"served": train_watched(folder / "served", ranks)}
+
+
+def bereaved(folder: Path, ranks: Any) -> dict[str, Any]:
+    import protocol.channel
+    from tests.watched_rank import train_watched
+
+    protocol.channel.REPEAT_S = DEATH_REPEAT_S
+    return {"bereaved": train_watched(folder / "bereaved", ranks)}
+
+
+def alone(folder: Path, ranks: Any) -> dict[str, Any]:
+    """All that needs no broker; the ranks part in it, so nothing can follow."""
+    seen = collectives(ranks)
     for zero in range(4):
         seen[f"zero{zero}"] = training(folder, ranks, zero)
     seen["restored"] = restoring(folder, ranks)
     seen["supervised"] = supervised(folder, ranks)
     seen["alone"] = waiting_for_a_rank_that_does_not_come(ranks)
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+    return seen
 
 
 def collectives(ranks: Any) -> dict[str, Any]:
@@ -155,5 +165,7 @@ def waiting_for_a_rank_that_does_not_come(ranks: Any) -> str:
     return "nobody was missed"
 
 
+PARTS = {"gradients": gradients, "served": served, "bereaved": bereaved, "alone": alone}
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +26,13 @@ from actors.snapshot_source import SnapshotSource
 from broker.open_run import open_run
 from broker.service import Service
 from learner.link import Link, Standing, Taken
+from learner.snapshot_ring import SnapshotRing
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
 from protocol.keys import make_run_keys, read_client_key
 from protocol.messages import Finished, Hello, Role
 from protocol.session import Session
-from protocol.weights import SnapshotWriter, lay_out
+from protocol.weights import lay_out
 from tests.wire import free_addresses, serving
 
 VOCABULARY = 100
@@ -93,6 +93,8 @@ class FakeGenerator:
     host: str = field(default_factory=host_identity)
     step_s: float = 0.001
     mean_tokens: float = 8.0
+    engine_type: type[FakeEngine] = FakeEngine
+    addresses: Addresses | None = None  # other than the broker's own: of a line between them
     engine: FakeEngine | None = None
     error: BaseException | None = None
 
@@ -137,9 +139,9 @@ class FakeGenerator:
                 role=Role.GENERATOR.value, name=self.name, incarnation=id(self), host=self.host, reward_digest=digest
             )
 
-        session = await Session.open(Addresses.read(self.folder), key, hello, timeout_s=10)
+        session = await Session.open(self.addresses or Addresses.read(self.folder), key, hello, timeout_s=10)
         options = EngineOptions(self.folder / "model", max_model_len=64)
-        self.engine = FakeEngine(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
+        self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
         scorer = Scorer(self.config.rewards, self.folder / "model")
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
@@ -160,13 +162,13 @@ class FakeGenerator:
 
 
 class ScriptedLearner:
-    """Takes, publishes and advances as the trainer does; `weights` stands for what training changes."""
+    """Takes, publishes and advances as the trainer does; its weights, `size` float32, are random in every version."""
 
     def __init__(self, folder: Path, config: Config, standing: Standing | None = None, size: int = 1000) -> None:
         self.version = standing.version if standing else 0
         self.trained: list[Taken] = []
-        self._folder, self._bound, self._size = folder / "snapshots", config.staleness.max, size
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._bound, self._layout = config.staleness.max, lay_out([("w", "float32", (size,))])
+        self._ring = SnapshotRing(folder / f"snapshots-{id(self):x}", self._layout)
         self.link = Link(
             Addresses.read(folder),
             read_client_key(folder / "keys" / "learner.key"),
@@ -204,11 +206,9 @@ class ScriptedLearner:
         self.link.advance(self.version)
 
     def publish(self) -> None:
-        folder = self._folder / f"v{self.version}"
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = SnapshotWriter(folder, lay_out([("w", "float32", (self._size,))]))
-        view = writer.view(lay_out([("w", "float32", (self._size,))])[0])
-        view[:] = np.random.default_rng(self.version).integers(0, 255, len(view), dtype=np.uint8)
+        writer = self._ring.begin(self.version)
+        view = writer.view(self._layout[0])
+        view[:] = np.frombuffer(np.random.default_rng(self.version).bytes(len(view)), np.uint8)
         self.link.publish(writer.finish(self.version))
 
     @property

@@ -23,7 +23,6 @@ def result(length: int = 4, **fields: Any) -> Result:
     """A good one, but for `fields`; its spans follow the number of tokens."""
     given: dict[str, Any] = {
         "epoch": 1,
-        "evaluation": False,
         "prompt": 7,
         "attempt": 2,
         "sample": 1,

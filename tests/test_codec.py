@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol.codec import Header, _decode_array, decode, encode
 from protocol.errors import ProtocolError
 from protocol.messages import MESSAGES, ArrayField, Hello, LeaseItem, Leases, Message, Pull, Result, Role
+from tests.frames import damaged, repaired
 
 HEADER = Header(epoch=7, session=8, sequence=9)
 
@@ -21,7 +22,6 @@ def result(tokens: list[int], error: str = "") -> Result:
     array = np.array(tokens, np.int32)
     return Result(
         epoch=3,
-        evaluation=False,
         prompt=5,
         attempt=1,
         sample=2,
@@ -71,40 +71,15 @@ def test_leases_with_their_columns_come_back_as_they_were_sent() -> None:
     assert back.tokens.tolist() == [4, 5]
 
 
-def test_ten_thousand_mutated_messages_are_refused_or_say_the_same() -> None:
-    """Bit flips, cuts, splices and swapped frames: only ProtocolError may come out."""
+def test_ten_thousand_mutated_messages_are_refused() -> None:
+    """Bit flips, cuts, splices and swapped frames: ProtocolError comes out, always and nothing else."""
     rng = random.Random(1)
     originals = [frames_of(result(list(range(n)))) for n in (0, 1, 30)]
     originals.append(frames_of(Hello(role=Role.GENERATOR.value, name="generator-0", incarnation=3)))
-    refused = 0
     for _ in range(10_000):
-        source = rng.choice(originals)
-        frames = mutate(source, rng)
-        try:
+        frames = damaged(rng.choice(originals), rng.choice(originals), rng)
+        with pytest.raises(ProtocolError):
             decode(frames)
-        except ProtocolError:
-            refused += 1
-        else:
-            # what is still accepted differs only in what no checksum covers: epoch, session and sequence of the header
-            assert frames[1:] == source[1:]
-    assert refused > 8_000
-
-
-def mutate(source: list[bytes], rng: random.Random) -> list[bytes]:
-    frames = [bytearray(frame) for frame in source]
-    target = rng.choice(frames)
-    how = rng.randrange(5)
-    if how == 0 and target:
-        target[rng.randrange(len(target))] ^= 1 << rng.randrange(8)
-    elif how == 1 and target:
-        del target[rng.randrange(len(target)) :]
-    elif how == 2:
-        target += rng.randbytes(rng.randrange(1, 9))
-    elif how == 3:
-        frames.append(bytearray(rng.randbytes(rng.randrange(40))))
-    else:
-        del frames[rng.randrange(len(frames))]
-    return [bytes(frame) for frame in frames]
 
 
 @settings(max_examples=300)
@@ -118,7 +93,7 @@ def test_a_message_of_another_protocol_version_is_refused_with_words() -> None:
     frames = frames_of(Pull(version=0, digest="", room=1))
     other = bytearray(frames[0])
     other[4] = 99
-    with pytest.raises(ProtocolError, match="protocol 99 was sent, 1 is spoken here"):
+    with pytest.raises(ProtocolError, match="protocol 99 was sent, 2 is spoken here"):
         decode([bytes(other), *frames[1:]])
 
 
@@ -127,37 +102,27 @@ def test_a_msgpack_bomb_is_refused_before_it_grows() -> None:
     frames = frames_of(Pull(version=0, digest="", room=1))
     with pytest.raises(ProtocolError, match="length"):
         decode([frames[0], bomb])
-    head = _with_body(frames[0], bomb)
     with pytest.raises(ProtocolError, match="malformed map"):
-        decode([head, bomb])
+        decode(repaired([frames[0], bomb]))
 
 
 def test_a_field_of_the_wrong_type_is_refused_by_name() -> None:
     frames = frames_of(Pull(version=0, digest="", room=1))
     body = msgpack.packb({"version": "0", "digest": "", "room": 1, "_": []})
     with pytest.raises(ProtocolError, match=r"Pull.version"):
-        decode([_with_body(frames[0], body), body])
+        decode(repaired([frames[0], body]))
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:
     frames = frames_of(Pull(version=0, digest="", room=1))
     body = msgpack.packb({"version": 0, "digest": "", "room": 1, "extra": 1, "_": []})
     with pytest.raises(ProtocolError, match=r"Pull.extra"):
-        decode([_with_body(frames[0], body), body])
+        decode(repaired([frames[0], body]))
 
 
 def test_every_message_has_one_number() -> None:
     assert len(set(MESSAGES)) == len(MESSAGES)
     assert set(MESSAGES) == set(Message.__subclasses__())
-
-
-def _with_body(head: bytes, body: bytes) -> bytes:
-    import struct
-    import zlib
-
-    fields = list(struct.unpack("<4sHHIHHQQQII", head))
-    fields[3], fields[9] = len(body), zlib.crc32(body)
-    return struct.pack("<4sHHIHHQQQII", *fields)
 
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62], [1 << 62, 0], [0, 1 << 63]])

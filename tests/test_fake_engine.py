@@ -16,8 +16,10 @@ import pytest
 
 from actors.engine import EngineDead, EngineOptions, EnginePoisoned, GenerationAborted, HeldVersion, NotLoaded
 from actors.fake_engine import EOS, FakeEngine, fake_key, fake_token
+from protocol.errors import SnapshotError
+from protocol.snapshot_file import WEIGHTS_FILE
 from protocol.types import Completion, FinishReason, SamplingParams, VersionSpan
-from protocol.weights import WEIGHTS_FILE, Snapshot, SnapshotError, SnapshotWriter, lay_out
+from protocol.weights import Snapshot, SnapshotWriter, lay_out
 from tests.engines import all_reached, begin, outcome, prompts, until
 
 OPTIONS = EngineOptions(Path("no-model"), max_model_len=4096, max_num_seqs=16)

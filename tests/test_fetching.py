@@ -14,9 +14,9 @@ import pytest
 
 from actors.model_files import MAX_FILE_BYTES, fetch_model_files
 from actors.snapshot_source import SnapshotSource
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, SnapshotError
 from protocol.messages import Bytes, FetchChunk, FetchFile, FetchManifest, ManifestAnswer, Message, Welcome
-from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotError, SnapshotWriter, lay_out
+from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotWriter, lay_out
 
 LAYOUT = lay_out([("w", "float32", (5 * CHUNK_BYTES // 4 // 2,))])  # two and a half chunks
 
@@ -92,27 +92,38 @@ def test_another_snapshot_in_the_announced_place_is_not_taken_for_it(tmp_path: P
     assert copy.digest == made.digest != other.digest
 
 
-def test_a_version_that_vanishes_under_the_pull_is_said_to_be_gone_and_leaves_nothing(tmp_path: Path) -> None:
-    made = snapshot(tmp_path / "v3")
+def test_a_version_that_vanishes_under_the_pull_is_said_to_be_gone_and_gives_way_to_the_next(tmp_path: Path) -> None:
+    gone, newest, staging = snapshot(tmp_path / "v3"), snapshot(tmp_path / "v4", seed=1), tmp_path / "staging"
 
     def vanish(index: int) -> None:
         if index == 1:
             raise ProtocolError("chunk", "not to be had any more")
 
+    source = SnapshotSource(serving(gone, spoil=vanish), staging, 10.0)  # type: ignore[arg-type]
+    staging.mkdir()
     with pytest.raises(SnapshotError, match=r"chunk 1 of \w{12} is not to be had"):
-        fetched(serving(made, spoil=vanish), tmp_path / "staging")
-    assert list((tmp_path / "staging").iterdir()) == []
+        asyncio.run(source.fetch(3))
+    source._session = serving(newest)  # type: ignore[assignment]
+    copy = asyncio.run(source.fetch(4))
+    assert list(staging.iterdir()) == [copy.folder], "the half of the other is gone"
+    assert copy.digest == newest.digest
 
 
-def test_a_chunk_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path) -> None:
-    made = snapshot(tmp_path / "v3")
-
-    def spoil(index: int) -> Message | None:
-        return Bytes(data=made.chunk(0)) if index == 1 else None
-
+def test_a_chunk_that_is_not_what_the_manifest_says_is_refused_and_those_before_it_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.snapshot_source.CHUNKS_IN_FLIGHT", 1)
+    made, staging = snapshot(tmp_path / "v3"), tmp_path / "staging"
+    lies = [Bytes(data=made.chunk(0))]
+    session = serving(made, spoil=lambda index: lies.pop() if index == 1 and lies else None)
+    source = SnapshotSource(session, staging, 10.0)  # type: ignore[arg-type]
+    staging.mkdir()
     with pytest.raises(SnapshotError, match=r"chunk 1 of snapshot .* does not match its digest"):
-        fetched(serving(made, spoil=spoil), tmp_path / "staging")
-    assert list((tmp_path / "staging").iterdir()) == []
+        asyncio.run(source.fetch(3))
+    copy = asyncio.run(source.fetch(3))
+    copy.verify()
+    assert copy.digest == made.digest
+    assert session.chunks() == [0, 1, 1, 2]
 
 
 def test_a_manifest_of_other_weights_than_announced_is_refused(tmp_path: Path) -> None:

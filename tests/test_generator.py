@@ -16,6 +16,7 @@ from actors.fake_engine import FakeEngine
 from actors.generator import Generator
 from actors.scorer import Score
 from protocol.config import Config
+from protocol.errors import SnapshotError
 from protocol.messages import (
     Beat,
     BeatAnswer,
@@ -32,7 +33,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.types import Completion, Prompt
-from protocol.weights import Snapshot, SnapshotError, SnapshotWriter, lay_out
+from protocol.weights import Snapshot, SnapshotWriter, lay_out
 from tests.engines import until
 
 CONFIG = Config.model_validate(
@@ -348,6 +349,61 @@ def test_a_version_that_vanished_is_asked_for_until_a_newer_one_is_there(tmp_pat
             await until(lambda: stage.source.asked.count(1) >= 3, "it is asked for again")
             assert stage.source.asked.count(1) < 50, "without a pause"
             await stage.load(2)
+
+    play(scene())
+
+
+def test_weights_that_were_fetched_for_another_epoch_are_not_applied(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with at_work(tmp_path, step_s=0.005) as stage:
+            before = stage.session.newest
+            stage.source.open.clear()
+            stage.session.announce(stage.make(1))
+            await until(lambda: stage.source.asked[-1] == 1, "version 1 is being fetched")
+            stage.session.newest = before  # a learner that resumed from version 0 holds nothing newer
+            stage.session.restart()
+            stage.lease(0, attempt=1)
+            await until(lambda: bool(stage.named("train")), "a lease of the next epoch runs")
+            stage.source.open.set()
+            await until(lambda: len(stage.session.results) == 2, "it is answered")
+            assert [result.spans for result in stage.session.results] == [[(0, 0, 30)]] * 2
+
+    play(scene())
+
+
+def test_weights_older_than_a_lease_do_not_answer_it(tmp_path: Path) -> None:
+    """A run that was resumed from version 1 may come to version 2 while a generator that holds it still fetches 1."""
+
+    async def scene() -> None:
+        async with at_work(tmp_path, step_s=0.005) as stage:
+            await stage.load(2)
+            held = stage.session.newest
+            stage.source.open.clear()
+            stage.session.announce(stage.make(1))
+            await until(lambda: stage.source.asked[-1] == 1, "version 1 is being fetched")
+            stage.session.newest = held
+            stage.lease(0, attempt=1, version=2)
+            await until(lambda: bool(stage.named("train")), "a lease of version 2 runs")
+            stage.source.open.set()
+            await until(lambda: len(stage.session.results) == 2, "it is answered")
+            assert [result.spans for result in stage.session.results] == [[(2, 0, 30)]] * 2
+
+    play(scene())
+
+
+def test_leases_of_the_next_epoch_are_dropped_when_weights_of_the_last_one_come_in_between(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with at_work(tmp_path, load_s=0.3) as stage:
+            pulls = len(stage.session.pulls)
+            await until(lambda: len(stage.session.pulls) > pulls, "a pull is under way")
+            stage.session.announce(stage.make(1))
+            await until(lambda: stage.generator._loading, "version 1 is being loaded")
+            stage.session.restart()
+            stage.lease(0, attempt=1)
+            await until(lambda: bool(stage.generator._running), "a lease of the next epoch came")
+            await until(lambda: not stage.generator._loading, "version 1 is loaded")
+            await until(lambda: not stage.generator._running, "the lease is dropped")
+            assert stage.session.results == []
 
     play(scene())
 

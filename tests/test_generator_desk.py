@@ -60,6 +60,23 @@ def test_what_does_not_fit_into_one_answer_comes_with_the_next(tmp_path: Path, m
     assert [number for kind, number in seen if kind == "train"] == list(range(12))  # P * (S + 1)
 
 
+def test_who_asked_when_only_prompts_came_that_are_too_long_is_answered_again_at_once(tmp_path: Path) -> None:
+    def prepare(folder: Path) -> None:
+        train = folder / "data" / "train.jsonl"
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+        for row in rows[:12]:
+            row["question"] = "w1 " * 17
+        train.write_text("\n".join(map(json.dumps, rows)))
+
+    broker = BrokerAlone(tmp_path, prepare, data={"shuffle": False})
+    broker.learner()
+    generator = broker.generator()
+    broker.service.changed = False
+    assert generator.pull(0) == Wait(reason="prompts were skipped", version=0, digest=manifest(0).digest)
+    assert broker.service.changed
+    assert generator.leases(0)[0].number == 12
+
+
 def test_leases_that_did_not_reach_anybody_are_free_at_once_and_nobodys_crash(tmp_path: Path) -> None:
     broker = BrokerAlone(tmp_path)
     broker.learner()
@@ -208,7 +225,7 @@ def test_weights_and_files_that_are_not_there_are_refused_by_name(tmp_path: Path
         "version: version 9 is not on the shelf any more; ask for the newest"
     )
     assert generator.refused(FetchChunk(digest="ab" * 32, index=0)) == (
-        "chunk: snapshot abababababab is not to be had any more: it is not on the shelf"
+        "chunk: snapshot abababababab is not to be had any more: it is not on the shelf; ask for the newest"
     )
     assert generator.refused(FetchFile(name="../keys/server.key", offset=0)) == (
         "file: ../keys/server.key is no file of the model"

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgpack
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from broker.ledger import MAX_FAILURES, Ledger, LedgerSnapshot
+from broker.ledger import Ledger
 
 
 def offered(num_prompts: int) -> Ledger:
@@ -145,89 +140,3 @@ def test_one_percent_of_bad_prompts_is_tolerated_in_a_long_run() -> None:
     for number in range(989, 991):
         ledger.quarantine(number)
     assert ledger.too_many_quarantined, "11 of 991"
-
-
-def some(*states: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A rule that needs a prompt in one of these states."""
-    return precondition(lambda machine: any(state in states for state in machine.model.values()))
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Any order of legal moves, with a plain dictionary as the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ledger = Ledger()
-        self.model: dict[int, str] = {}
-
-    def pick(self, data: st.DataObject, *states: str) -> int:
-        return data.draw(st.sampled_from([number for number, state in self.model.items() if state in states]))
-
-    @rule()
-    def offer(self) -> None:
-        self.model[self.ledger.offer()] = "leased"
-
-    @some("leased")
-    @rule(data=st.data(), crashed=st.booleans())
-    def requeue(self, data: st.DataObject, crashed: bool) -> None:
-        number = self.pick(data, "leased")
-        self.ledger.requeue(number, crashed)
-        self.model[number] = "queued"
-
-    @some("queued")
-    @rule(data=st.data())
-    def lease_again(self, data: st.DataObject) -> None:
-        number = self.pick(data, "queued")
-        self.ledger.lease_again(number)
-        self.model[number] = "leased"
-
-    @some("leased")
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        number = self.pick(data, "leased")
-        self.ledger.finish(number)
-        self.model[number] = "finished"
-
-    @some("leased", "finished")
-    @rule(data=st.data())
-    def train(self, data: st.DataObject) -> None:
-        number = self.pick(data, "leased", "finished")
-        self.ledger.train([number])
-        self.model[number] = "trained"
-
-    @some("leased")
-    @rule(data=st.data(), reason=st.sampled_from(["equal_rewards", "prompt_too_long"]))
-    def filter(self, data: st.DataObject, reason: str) -> None:
-        number = self.pick(data, "leased")
-        self.ledger.filter(number, reason)
-        self.model[number] = "filtered"
-
-    @some("leased")
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        number = self.pick(data, "leased")
-        if self.ledger.count_failure(number) == MAX_FAILURES:
-            self.ledger.quarantine(number)
-            self.model[number] = "failed"
-
-    @rule()
-    def restore(self) -> None:
-        snapshot: LedgerSnapshot = msgpack.unpackb(msgpack.packb(self.ledger.snapshot()))
-        failures = {number: self.ledger.failures(number) for number in self.model}
-        self.ledger = Ledger.restore(snapshot)
-        open_states = ("leased", "finished")
-        self.model = {number: "queued" if state in open_states else state for number, state in self.model.items()}
-        assert {number: self.ledger.failures(number) for number in self.model} == failures
-
-    @invariant()
-    def the_counts_are_those_of_the_model(self) -> None:
-        self.ledger.check()
-        counts, states = self.ledger.counts(), list(self.model.values())
-        assert counts["offered"] == len(states)
-        for state in ("queued", "leased", "finished", "trained", "filtered", "failed"):
-            assert counts[state] == states.count(state)
-        assert list(self.ledger.queue) == sorted(n for n, state in self.model.items() if state == "queued")
-
-
-TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

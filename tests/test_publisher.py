@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.publisher import KEPT, Publisher
+from learner.publisher import Publisher
 from learner.ranks import Ranks
 from protocol.weights import Snapshot
 from tests.learning import model_folder, open_policy, train_step, weights
@@ -45,17 +45,19 @@ def test_a_snapshot_has_the_current_weights_in_the_dtype_that_computes(
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-def test_nothing_has_its_name_before_finish_and_the_oldest_go(model: str, ranks: Ranks, tmp_path: Path) -> None:
+def test_nothing_has_its_name_before_finish_and_what_nobody_reads_is_written_over(
+    model: str, ranks: Ranks, tmp_path: Path
+) -> None:
     folder = tmp_path / "snapshots"
     (folder / "v77").mkdir(parents=True)
     publisher = Publisher(folder, open_policy(model, ranks), ranks)
     assert list(folder.iterdir()) == []  # an earlier run's are gone
-    for version in range(KEPT + 2):
+    for version in range(4):
         publisher.copy(version)
         assert not (folder / f"v{version}").exists()
-        publisher.finish()
+        publisher.finish().verify()
         assert (folder / f"v{version}").exists()
-    assert sorted(path.name for path in folder.iterdir()) == ["v2", "v3", "v4"]
+    assert sorted(path.name for path in folder.iterdir()) == ["v2", "v3"]
     assert folder.stat().st_mode & 0o777 == 0o700
 
 

@@ -131,7 +131,6 @@ def test_a_run_that_is_asked_to_drain_ends_drained_and_gives_no_more_leases(tmp_
     leases = generator.leases(0)
     assert isinstance(broker.observer().ask(Drain(reason="Ctrl-C")), Done)
     assert generator.pull(0) == Wait(reason="the run ends", version=0, digest=manifest(0).digest)
-    assert learner.beat().draining
     assert broker.observer().status()["phase"] == "draining"
     assert generator.deliver(generator.result(leases[0], 0)).status == "accepted"
     assert learner.take(0) == Finished(kind="drained", reason="Ctrl-C")
@@ -235,3 +234,12 @@ def test_the_status_can_be_sent_in_every_phase(tmp_path: Path) -> None:
     assert (status["phase"], status["version"], status["ledger"]["trained"]) == ("done", 2, 8)
     assert [evaluation["version"] for evaluation in status["evaluations"]] == [0, 2]
     assert [process["name"] for process in status["processes"]] == ["generator-0", "learner-0"]
+
+
+def test_a_learner_that_contradicts_itself_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    alone = BrokerAlone(tmp_path)
+    learner = alone.learner()
+    epoch = alone.service.epoch
+    said = learner.refused_hello(incarnation=2, version=2, training_step=1, num_ranks=3)
+    assert said == "order: step 1 cannot be in training at version 2"
+    assert (alone.service.epoch, alone.run.num_ranks) == (epoch, 1)

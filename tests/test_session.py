@@ -215,7 +215,7 @@ def test_the_self_test_passes_on_a_guarded_socket_and_fails_on_an_open_one(tmp_p
         address = free_addresses().control
         router = bind_router(context, address, key)
         if admitted:
-            with pytest.raises(PreflightError, match="admitted a key that is not listed"):
+            with pytest.raises(PreflightError, match="to refuse a key that is not listed, it was admitted"):
                 self_test(context, address, key)
         else:
             self_test(context, address, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from broker.shelf import KEPT, REMEMBERED, Shelf
+from protocol.errors import SnapshotError
 from protocol.messages import Publish
-from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotError, SnapshotWriter, lay_out
+from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotWriter, lay_out
+from tests.locks import is_held
 
 LAYOUT = lay_out([("w", "float32", ((CHUNK_BYTES + 4096) // 4,))])  # two chunks
 
@@ -20,7 +23,7 @@ def snapshot(folder: Path, version: int, seed: int | None = None) -> Snapshot:
     writer = SnapshotWriter(folder / f"v{version}", LAYOUT)
     rng = np.random.default_rng(version if seed is None else seed)
     writer.view(LAYOUT[0])[:] = rng.integers(0, 255, LAYOUT[0].nbytes, np.uint8)
-    return writer.finish(version)
+    return replace(writer.finish(version), data=np.empty(0, np.uint8))  # the learner does not read it
 
 
 def publish(made: Snapshot, **fields: Any) -> Publish:
@@ -34,6 +37,20 @@ def publish(made: Snapshot, **fields: Any) -> Publish:
     return Publish(**given | fields)
 
 
+READER, OTHER = 1, 2  # sessions
+
+
+def pull(shelf: Shelf, made: Snapshot, reader: int = READER, index: int = 0, now: float = 0.0) -> None:
+    """One chunk of a pull, which is what the learner wrote."""
+    made.manifest.check_chunk(index, shelf.chunk(made.digest, index, reader, now))
+
+
+def refusal(shelf: Shelf, made: Snapshot, reader: int = READER) -> str:
+    with pytest.raises(SnapshotError) as caught:
+        shelf.chunk(made.digest, 0, reader, 0.0)
+    return str(caught.value)
+
+
 def test_what_is_put_can_be_had_by_version_and_chunk_by_chunk(tmp_path: Path) -> None:
     made, shelf = snapshot(tmp_path, 4), Shelf()
     shelf.put(publish(made))
@@ -41,7 +58,7 @@ def test_what_is_put_can_be_had_by_version_and_chunk_by_chunk(tmp_path: Path) ->
     assert entry is not None
     assert (entry.digest, entry.path, entry.host) == (made.digest, str(made.folder), "here")
     for index in range(2):
-        made.manifest.check_chunk(index, shelf.chunk(made.digest, index))
+        pull(shelf, made, index=index)
 
 
 def test_a_manifest_that_is_none_or_another_is_refused_and_nothing_kept(tmp_path: Path) -> None:
@@ -54,16 +71,13 @@ def test_a_manifest_that_is_none_or_another_is_refused_and_nothing_kept(tmp_path
     assert shelf.digest(4) == ""
 
 
-def test_the_newest_versions_stay_and_older_ones_leave_with_their_chunks(tmp_path: Path) -> None:
+def test_the_newest_and_the_one_before_it_can_be_had_and_what_came_before_cannot(tmp_path: Path) -> None:
     shelf, made = Shelf(), [snapshot(tmp_path, version) for version in range(KEPT + 1)]
     for entry in made:
         shelf.put(publish(entry))
-        shelf.chunk(entry.digest, 0)
-    assert shelf.version(0) is None
-    assert [shelf.version(version) is not None for version in range(1, KEPT + 1)] == [True] * KEPT
-    with pytest.raises(SnapshotError, match="not on the shelf"):
-        shelf.chunk(made[0].digest, 0)
-    shelf.chunk(made[1].digest, 0)
+    assert [shelf.version(version) is not None for version in range(KEPT + 1)] == [False] + [True] * KEPT
+    assert refusal(shelf, made[0]) == "it is not on the shelf"
+    pull(shelf, made[1])
 
 
 def test_a_digest_is_known_longer_than_its_snapshot_is_kept(tmp_path: Path) -> None:
@@ -86,17 +100,16 @@ def test_publishing_twice_is_publishing_once(tmp_path: Path) -> None:
 def test_a_snapshot_that_is_being_pulled_outlives_its_folder(tmp_path: Path) -> None:
     made, shelf = snapshot(tmp_path, 4), Shelf()
     shelf.put(publish(made))
-    shelf.chunk(made.digest, 0)
+    pull(shelf, made)
     shutil.rmtree(made.folder)
-    made.manifest.check_chunk(1, shelf.chunk(made.digest, 1))
+    pull(shelf, made, index=1)
 
 
 def test_a_snapshot_that_vanished_before_it_was_pulled_is_an_error(tmp_path: Path) -> None:
     made, shelf = snapshot(tmp_path, 4), Shelf()
     shelf.put(publish(made))
     shutil.rmtree(made.folder)
-    with pytest.raises(SnapshotError, match="no snapshot at"):
-        shelf.chunk(made.digest, 0)
+    assert refusal(shelf, made).startswith("no snapshot at")
 
 
 def test_another_snapshot_in_the_same_folder_is_not_served_under_the_old_digest(tmp_path: Path) -> None:
@@ -104,8 +117,7 @@ def test_another_snapshot_in_the_same_folder_is_not_served_under_the_old_digest(
     shelf.put(publish(made))
     shutil.rmtree(made.folder)
     other = snapshot(tmp_path, 4, seed=99)
-    with pytest.raises(SnapshotError, match=f"its folder holds {other.digest[:12]} now"):
-        shelf.chunk(made.digest, 0)
+    assert refusal(shelf, made) == f"its folder holds {other.digest[:12]} now"
 
 
 def test_equal_weights_of_two_versions_are_served_from_the_newer_folder(tmp_path: Path) -> None:
@@ -115,21 +127,107 @@ def test_equal_weights_of_two_versions_are_served_from_the_newer_folder(tmp_path
     shelf.put(publish(old))
     shelf.put(publish(new))
     shutil.rmtree(old.folder)
-    new.manifest.check_chunk(0, shelf.chunk(new.digest, 0))
+    pull(shelf, new)
 
 
 def test_a_chunk_beyond_the_last_is_an_error(tmp_path: Path) -> None:
     made, shelf = snapshot(tmp_path, 4), Shelf()
     shelf.put(publish(made))
     with pytest.raises(SnapshotError, match="chunk must be below 2, got 2"):
-        shelf.chunk(made.digest, 2)
+        shelf.chunk(made.digest, 2, READER, 0.0)
+    assert not is_held(made.folder)
 
 
 def test_a_new_epoch_begins_with_an_empty_shelf(tmp_path: Path) -> None:
     made, shelf = snapshot(tmp_path, 4), Shelf()
     shelf.put(publish(made))
-    shelf.chunk(made.digest, 0)
+    pull(shelf, made)
     shelf.clear()
-    assert (shelf.version(4), shelf.digest(4)) == (None, "")
-    with pytest.raises(SnapshotError, match="not on the shelf"):
-        shelf.chunk(made.digest, 0)
+    assert (shelf.version(4), shelf.digest(4), is_held(made.folder)) == (None, "", False)
+    assert refusal(shelf, made) == "it is not on the shelf"
+
+
+# --- How long a file is held
+
+
+def test_a_file_is_held_exactly_as_long_as_somebody_pulls_it(tmp_path: Path) -> None:
+    made, shelf = snapshot(tmp_path, 4), Shelf()
+    shelf.put(publish(made))
+    assert not is_held(made.folder)
+    pull(shelf, made, READER)
+    pull(shelf, made, OTHER)
+    shelf.ended(READER)
+    assert is_held(made.folder), "the other still pulls it"
+    shelf.ended(OTHER, "another digest")
+    assert is_held(made.folder), "what the other holds is not what it pulls"
+    shelf.ended(OTHER, made.digest)
+    assert not is_held(made.folder)
+
+
+def test_a_chunk_that_is_still_to_be_sent_holds_its_file(tmp_path: Path) -> None:
+    """The socket's queue has views of it, which must not change before they are sent."""
+    made, shelf = snapshot(tmp_path, 4), Shelf()
+    shelf.put(publish(made))
+    queued = shelf.chunk(made.digest, 0, READER, 0.0)
+    shelf.ended(READER)
+    assert is_held(made.folder)
+    del queued
+    assert not is_held(made.folder)
+
+
+def test_who_asks_for_nothing_for_too_long_holds_nothing_and_who_is_slow_does(tmp_path: Path) -> None:
+    old, new, shelf = snapshot(tmp_path, 4), snapshot(tmp_path, 5), Shelf()
+    shelf.put(publish(old))
+    pull(shelf, old, READER, now=0.0)
+    shelf.put(publish(new))
+    for now in (2.9, 5.8, 8.7):
+        shelf.expire(now, limit_s=3.0)
+        pull(shelf, old, READER, now=now)
+    shelf.expire(11.8, limit_s=3.0)
+    assert not is_held(old.folder)
+
+
+def test_an_older_version_can_be_finished_by_who_began_in_time(tmp_path: Path) -> None:
+    shelf, made = Shelf(), [snapshot(tmp_path, version) for version in range(6)]
+    shelf.put(publish(made[0]))
+    pull(shelf, made[0])
+    for entry in made[1:]:
+        shelf.put(publish(entry))
+        pull(shelf, made[0], index=1)
+    shelf.ended(READER)
+    assert refusal(shelf, made[0]) == "it is not on the shelf"
+
+
+def test_of_several_older_versions_the_oldest_is_finished_and_the_others_readers_go_to_the_newest(
+    tmp_path: Path,
+) -> None:
+    shelf, made = Shelf(), [snapshot(tmp_path, version) for version in range(3)]
+    shelf.put(publish(made[0]))
+    pull(shelf, made[0], READER)
+    shelf.put(publish(made[1]))
+    pull(shelf, made[1], OTHER)
+    shelf.put(publish(made[2]))
+    assert [is_held(entry.folder) for entry in made] == [True, False, False]
+    assert refusal(shelf, made[1], OTHER) == "an older one is being finished"
+    pull(shelf, made[2], OTHER)
+    pull(shelf, made[0], READER)
+    assert [is_held(entry.folder) for entry in made] == [True, False, True]
+
+
+def test_a_version_that_no_lease_is_given_for_any_more_is_not_finished(tmp_path: Path) -> None:
+    shelf, made = Shelf(), [snapshot(tmp_path, version) for version in range(4)]
+    for entry in made:
+        shelf.put(publish(entry), oldest_useful=entry.version - 2)
+        if entry.version < 3:
+            pull(shelf, made[0])
+    assert refusal(shelf, made[0]) == "it is not on the shelf"
+    assert not is_held(made[0].folder)
+
+
+def test_the_file_of_equal_weights_that_are_published_again_is_let_go(tmp_path: Path) -> None:
+    old, new, shelf = snapshot(tmp_path, 4, seed=1), snapshot(tmp_path, 5, seed=1), Shelf()
+    shelf.put(publish(old))
+    pull(shelf, old)
+    shelf.put(publish(new))
+    pull(shelf, new, index=1)
+    assert [is_held(old.folder), is_held(new.folder)] == [False, True]

@@ -16,6 +16,7 @@ from actors.engine import EngineOptions, EnginePoisoned, GenerationAborted, NotL
 from actors.transformers_engine import TransformersEngine, sample
 from protocol.types import Completion, FinishReason, SamplingParams
 from tests.engines import all_reached, begin, outcome, prompts
+from tests.locks import is_held
 from tests.models import (
     EOS,
     hybrid_logprobs,
@@ -75,6 +76,18 @@ def test_tokens_on_both_sides_of_an_update_have_the_logprobs_of_their_weights(
         right, wrong = (by_new, hybrid) if recompute_cache else (hybrid, by_new)
         assert difference(right, behavior[cut:]) < TOLERANCE
         assert difference(wrong, behavior[cut:]) > 1e-2
+
+
+def test_a_loaded_snapshot_is_let_go_for_the_learner_to_write_over(tmp_path: Path) -> None:
+    model = make_tiny_qwen2(tmp_path / "model", tied=True)
+
+    async def use(engine: TransformersEngine) -> Path:
+        snapshot = snapshot_of(model, tmp_path, 0)
+        await engine.load(snapshot)
+        assert is_held(snapshot.folder)
+        return snapshot.folder
+
+    assert not is_held(with_engine(tmp_path / "model", use))
 
 
 def test_equal_seeds_give_equal_tokens_whatever_runs_beside_them(tmp_path: Path) -> None:

@@ -36,10 +36,12 @@ from actors.engine import (
 from actors.transformers_engine import TransformersEngine
 from actors.vllm_engine import VLLMEngine
 from actors.vllm_settings import LEAKED_VARIABLES, engine_arguments, environment
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, SnapshotError
+from protocol.snapshot_file import WEIGHTS_FILE
 from protocol.types import Completion, FinishReason, SamplingParams, VersionSpan
-from protocol.weights import WEIGHTS_FILE, Snapshot, SnapshotError
+from protocol.weights import Snapshot
 from tests.engines import all_reached, begin, outcome, prompts, until
+from tests.locks import is_held
 from tests.models import (
     EOS,
     hybrid_logprobs,
@@ -184,6 +186,15 @@ def test_a_prompt_that_was_cached_under_old_weights_is_answered_by_the_new_ones_
         assert distance(reference_logprobs(rig.model, question, completion, 1.0), completion, 0, 20) < TOLERANCE
         rig.model = twin(rig.model, seed=200 + rig.version)
         rig.run(rig.engine.load(rig.snapshot()))
+
+
+def test_a_loaded_snapshot_is_let_go_for_the_learner_to_write_over(rig: Rig) -> None:
+    """By the engine core too: a parameter that were a view of it would change under the engine."""
+    snapshot = rig.snapshot()
+    folder = snapshot.folder
+    rig.run(rig.engine.load(snapshot))
+    del snapshot
+    assert not is_held(folder)
 
 
 def test_without_recomputing_running_requests_read_their_old_cache_and_new_ones_do_not(keeping: Rig) -> None:

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.errors import SnapshotError
+from protocol.snapshot_file import WEIGHTS_FILE
 from protocol.weights import (
     ALIGNMENT_BYTES,
     CHUNK_BYTES,
     ITEM_BYTES,
-    WEIGHTS_FILE,
     Manifest,
     Snapshot,
     SnapshotAssembly,
-    SnapshotError,
     SnapshotWriter,
     lay_out,
 )

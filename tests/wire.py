@@ -11,12 +11,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from broker.server import Server
 from protocol.addresses import Addresses
 from protocol.keys import allowed_keys, make_run_keys, read_server_key
-from protocol.sockets import AllowList, bind_router, start_authenticator
+from protocol.sockets import AllowList, bind_router, broker_context, start_authenticator
 
 
 class SmallService:
@@ -73,13 +71,13 @@ def serving(run_dir: Path, service: Any, addresses: Addresses | None = None) -> 
     """The server in a thread, with the run's keys; stopped and joined at the end."""
     make_run_keys(run_dir)
     addresses = addresses or free_addresses()
-    context: zmq.Context[Any] = zmq.Context()
+    context = broker_context()
     allow = AllowList(allowed_keys(run_dir))
     authenticator = start_authenticator(context, allow)
     key = read_server_key(run_dir)
-    server = Server(
-        bind_router(context, addresses.control, key), bind_router(context, addresses.bulk, key), allow, service
-    )
+    control = bind_router(context, addresses.control, key, io_thread=0)
+    bulk = bind_router(context, addresses.bulk, key, io_thread=1)
+    server = Server(control, bulk, allow, service)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -1,0 +1,67 @@
+"""The snapshots that stand in shared memory, and the files that the next one is written into.
+
+Owned by rank 0 of the learner. The rule: the newest always stands, since anybody may join; an older one stands as long
+as a process has it mapped (an engine that loads it, the broker for who pulls it), and not a publication longer. What
+nobody has mapped any more is written over: fresh pages of shared memory cost several times a copy (bench/publish.py).
+So two files take turns, and a third is made only beside one that is still read: the broker keeps one such version at
+most (broker/shelf.py), and engines of this host are done with theirs before the step is. Where they are not there may
+be more, as far as there is room. That no file changes under a reader rests on `SnapshotWriter.take_back`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from protocol.errors import SnapshotError
+from protocol.weights import SnapshotWriter, TensorSpec
+
+ROOM_S = 60.0  # for readers to let go of what they have mapped, when memory is full
+LOOK_S = 0.05
+
+
+class SnapshotRing:
+    """Owns `folder`, readable by this user only; what lies there from an earlier run is removed."""
+
+    def __init__(self, folder: Path, layout: tuple[TensorSpec, ...]) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._standing: list[SnapshotWriter] = []  # newest last
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True)
+
+    def begin(self, version: int) -> SnapshotWriter:
+        """A writer for the next version; the one before must be finished.
+
+        Waits only when memory is full and others are still read. Raises SnapshotError if there is no room then.
+        """
+        place = place_of(self._folder, version)
+        end = time.monotonic() + ROOM_S
+        while (writer := self._take_back()) is None:
+            try:
+                writer = SnapshotWriter(place, self._layout)
+                break
+            except SnapshotError:
+                if len(self._standing) < 2 or time.monotonic() > end:
+                    raise
+                time.sleep(LOOK_S)  # a lock that goes tells nobody
+        writer.rename(place)
+        self._standing.append(writer)
+        return writer
+
+    def _take_back(self) -> SnapshotWriter | None:
+        """One that is older than the newest and that nobody has mapped; others like it are removed."""
+        held: list[SnapshotWriter] = []
+        free: list[SnapshotWriter] = []
+        for writer in self._standing[:-1]:
+            (free if writer.take_back() else held).append(writer)
+        for spare in free[1:]:
+            spare.discard()
+        self._standing = held + self._standing[-1:]
+        return free[0] if free else None
+
+
+def place_of(folder: Path, version: int) -> Path:
+    """Where the snapshot of `version` gets its name."""
+    return folder / f"v{version}"
