@@ -7,8 +7,10 @@ with the whole group rests on `TakenGroup.remainder_of`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from broker.leases import OpenLease
 from protocol.config import AtBound
@@ -27,7 +29,7 @@ class ScheduleSettings:
     filter_equal_rewards: bool = False  # groups whose rewards are all equal are settled without training
     newest_first: bool = True  # no lease for a generator that could have newer weights at once
     pacing_margin: float | None = (
-        1.0  # group latencies of work to keep open beyond one batch; None: as much as admitted
+        2.0  # standard deviations beyond the groups that usually still run when a step ends; None: as much as admitted
     )
     gate_slow_generators: bool = True  # no lease for a generator that would hold up the others
     evaluate_at_end: bool = False  # the run is not done before its last version is evaluated
@@ -69,12 +71,19 @@ def num_due(leases: Collection[OpenLease], step: int) -> int:
     return sum(lease.grant.deadline <= step for lease in leases)
 
 
+def each_num_due(leases: Collection[OpenLease], steps: range) -> Iterator[int]:
+    """N(d) of these leases for every d of `steps`, in one pass over them: it is asked for at every grant and result."""
+    counts = Counter(max(lease.grant.deadline, steps.start) for lease in leases)
+    return accumulate(counts[d] for d in steps)
+
+
 def admits(opened: Collection[OpenLease], deadline: int, next_step: int, last_deadline: int, size: int) -> bool:
     """True if N(d) <= (d - next_step + 1) * size still holds for every d with one more group of this deadline.
 
     No group has a later deadline than `last_deadline`, so nothing can break beyond it.
     """
-    return all(num_due(opened, d) < (d - next_step + 1) * size for d in range(deadline, last_deadline + 1))
+    steps = range(deadline, last_deadline + 1)
+    return all(num < (d - next_step + 1) * size for d, num in zip(steps, each_num_due(opened, steps), strict=True))
 
 
 def choose(
@@ -91,8 +100,11 @@ def choose(
     So the learner trains whatever is done, and waits for a straggler only where nothing else would keep the bound.
     """
     candidates = [lease for lease in opened if lease.complete or lease in splittable]
-    for d in range(step, last_deadline + 1):
-        if num_due(candidates, d) < num_due(opened, d) - (d - step) * size:
+    if len(candidates) < num_groups:
+        return None
+    steps = range(step, last_deadline + 1)
+    for d, num_open, num_ready in zip(steps, each_num_due(opened, steps), each_num_due(candidates, steps), strict=True):
+        if num_ready < num_open - (d - step) * size:
             return None
     candidates.sort(key=lambda lease: (lease.grant.deadline, lease.grant.prompt))
-    return candidates[:num_groups] if len(candidates) >= num_groups else None
+    return candidates[:num_groups]

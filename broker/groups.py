@@ -39,7 +39,7 @@ class Groups:
             self._count_failure(lease, lease.errors[0])
         else:
             has_signal = len({trajectory.reward for trajectory in good}) > 1 or not self._settings.filter_equal_rewards
-            self._pace.group_ended(latency_s, is_filtered=not has_signal)
+            self._pace.latency_s.add(latency_s)
             if has_signal:
                 self._ledger.finish(lease.grant.prompt)
                 self._filtered_in_a_row = 0

@@ -3,16 +3,25 @@
 Owned by the scheduler, in the broker process; pure. Admission bounds staleness; these measurements keep the usual
 staleness below the bound where little is lost by it. Neither can stop a run: `limit` never asks for less than a
 batch, and `is_slow` never speaks against the fastest generator.
+
+When the learner comes back from a step, a batch should be finished, and no more: what is finished beyond it only grows
+staler. The groups that still run at that moment are open too. So a batch and as many groups as usually still run then
+are enough, whatever it is that makes them take so long: length, queues, weights to be applied, filtered groups that
+are replaced.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
+from statistics import fmean, pstdev
 
 from broker.leases import Generator
 
 SMOOTHING = 0.05  # weight of the newest group or step in a running mean
+REMEMBERED_STEPS = 20  # how far back the groups that still ran at the end of a step are remembered
+CATCHING_UP = 2.0  # batches opened on top while the learner waits for the time of one step
 
 
 class RunningMean:
@@ -29,35 +38,40 @@ class RunningMean:
 
 
 class Pace:
-    """Measured latency, step time and filtered share of one cluster."""
+    """Measured times of one cluster, and how many groups still run when the learner needs the next batch."""
 
     def __init__(self, prompts_per_step: int, group_size: int, margin: float | None) -> None:
         self._prompts_per_step = prompts_per_step
         self._group_size = group_size
         self._margin = margin
+        self._num_running: deque[int] = deque(maxlen=REMEMBERED_STEPS)
+        self._limit = math.inf
         self.latency_s = RunningMean()  # of a group, from its grant to its last sample
         self.step_s = RunningMean()  # from cut to advance: without waiting for trajectories
-        self.filtered_share = RunningMean()
 
-    def group_ended(self, latency_s: float, is_filtered: bool) -> None:
-        self.latency_s.add(latency_s)
-        self.filtered_share.add(float(is_filtered))
+    def step_ended(self, step_s: float, num_running: int) -> None:
+        """The learner is back; `num_running`: open groups that are not finished."""
+        self.step_s.add(step_s)
+        self._num_running.append(num_running)
+        if self._margin is not None:
+            usual = fmean(self._num_running) + self._margin * pstdev(self._num_running)
+            self._limit = self._prompts_per_step + usual
 
-    @property
-    def limit(self) -> float:
-        """Open groups beyond which one more would only be staler: a batch, and what a learner that never waits uses up
-        while one group is generated. No limit until both times are measured."""
-        if self._margin is None or not self.latency_s.value or not self.step_s.value:
-            return math.inf
-        generated_per_kept = 1 / max(1 - (self.filtered_share.value or 0.0), 1e-3)
-        batches = (1 + self._margin * self.latency_s.value / self.step_s.value) * generated_per_kept
-        return self._prompts_per_step * max(1.0, batches)
+    def limit(self, waited_s: float) -> float:
+        """Open groups beyond which one more would only be staler. No limit before the first step is measured.
+
+        It grows while the learner waits, `waited_s` so far: a cluster that works ahead in that time catches up on it.
+        """
+        if not waited_s or not self.step_s.value:
+            return self._limit
+        return self._limit + self._prompts_per_step * CATCHING_UP * waited_s / self.step_s.value
 
     def is_slow(self, generator: Generator, others: Iterable[Generator], num_steps: int) -> bool:
         """True if groups of this generator, to be trained within `num_steps` steps, would hold the cluster up.
 
         The cycle that counts is the one the cluster would have without it: the learner's step, or the time in which the
         others make a batch. As measured it would not do: a slow generator stretches it until it looks fast enough.
+        Up to twice the fastest is never slow: equal generators differ so much by chance.
         """
         measured = [(other.latency_s, other.capacity) for other in others if other.latency_s and other.capacity]
         if not generator.latency_s or not measured:
@@ -65,4 +79,4 @@ class Pace:
         completions_per_s = sum(capacity / latency_s for latency_s, capacity in measured)
         cycle_s = max(self.step_s.value or 0.0, self._prompts_per_step * self._group_size / completions_per_s)
         fastest_s = min(latency_s for latency_s, _ in measured)
-        return generator.latency_s > 2 * max(num_steps * cycle_s, fastest_s)
+        return generator.latency_s > max(num_steps * cycle_s, 2 * fastest_s)

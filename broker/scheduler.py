@@ -53,6 +53,7 @@ class Scheduler:
         self.evaluation: Evaluation | None = None
         self.evaluated_version: int | None = None  # of the last result that was taken
         self._cut_at: float | None = None
+        self._returned_at: float | None = None  # when the learner ended its last step; None while it has a batch
 
     @property
     def next_step(self) -> int:
@@ -118,7 +119,7 @@ class Scheduler:
             return Refusal.NO_ROOM
         if not admits(opened, deadline, self.next_step, self.last_deadline, settings.prompts_per_step):
             return Refusal.AT_BOUND
-        if len(opened) + 1 > self.pace.limit:
+        if len(opened) + 1 > self.pace.limit(self._waited_s(now)):
             return Refusal.PACING
         if settings.gate_slow_generators and self._too_slow(generator, deadline, now):
             return Refusal.SLOW
@@ -254,7 +255,7 @@ class Scheduler:
         self.ledger.check()
         groups = [TakenGroup.of(lease) for lease in leases] + self.groups.ended_remainders
         self.groups.ended_remainders = []
-        self.training, self._cut_at = step, now
+        self.training, self._cut_at, self._returned_at = step, now, None
         return Batch(step, tuple(groups))
 
     def _next_batch(self) -> list[OpenLease] | None:
@@ -287,8 +288,9 @@ class Scheduler:
         if skipped:
             self.ledger.skip_step()
         if self._cut_at is not None:
-            self.pace.step_s.add(now - self._cut_at)
-        self.version, self.training, self._cut_at = version, None, None
+            num_running = sum(not lease.complete for lease in self.leases.open.values())
+            self.pace.step_ended(now - self._cut_at, num_running)
+        self.version, self.training, self._cut_at, self._returned_at = version, None, None, now
         self._restart_evaluation_if_unanswerable()
 
     # --- Evaluation, and the end --------------------------------------------------------------------------------------
@@ -333,6 +335,10 @@ class Scheduler:
         """(prompt, reason) of those given up, for the server to write down and clear."""
         return self.groups.quarantined
 
+    def _waited_s(self, now: float) -> float:
+        """How long the learner has been waiting for a batch that cannot be cut yet."""
+        return 0.0 if self._returned_at is None or self.ready else now - self._returned_at
+
     # --- What the console shows ---------------------------------------------------------------------------------------
 
     def learner_waits_for(self) -> str:
@@ -353,7 +359,7 @@ class Scheduler:
             "training": self.training,
             "learner_waits_for": self.learner_waits_for(),
             "open_by_deadline": {str(d): num_due(self.leases.open.values(), d) for d in deadlines},  # N(d)
-            "open_limit": self.pace.limit if math.isfinite(self.pace.limit) else None,
+            "open_limit": limit if math.isfinite(limit := self.pace.limit(self._waited_s(now))) else None,
             "group_latency_s": self.pace.latency_s.value,
             "step_s": self.pace.step_s.value,
             "remainders": len(self.leases.remainders),

@@ -89,8 +89,8 @@ class StalenessConfig(Section):
     """What happens to a group that still runs at its deadline."""
     pacing: bool = True
     """Start no more groups than the learner needs to stay busy."""
-    pacing_margin: NonNegativeFloat = 1.0
-    """How many measured group latencies of work to keep open beyond one batch."""
+    pacing_margin: NonNegativeFloat = 2.0
+    """Standard deviations of groups to keep open beyond one batch and those that usually still run when a step ends."""
 
 
 class AlgorithmConfig(Section):

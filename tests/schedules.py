@@ -9,7 +9,7 @@ from broker.batches import Batch, ScheduleSettings
 from broker.leases import Grant, Refusal, Wait
 from broker.ledger import Ledger
 from broker.scheduler import Scheduler
-from tests.simulated_cluster import answer
+from tests.simulation.generator import answer
 
 PLAIN = ScheduleSettings(prompts_per_step=2, group_size=2, steps=10, max_staleness=1, pacing_margin=None)
 PLENTY = 1000  # room for any number of completions

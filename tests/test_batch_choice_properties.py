@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from broker.batches import admits, choose
 from broker.leases import Grant, OpenLease
 from protocol.types import LeaseKind
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 STEP = 2
 

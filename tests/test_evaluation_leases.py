@@ -5,7 +5,7 @@ from __future__ import annotations
 from broker.leases import Refusal, ResultStatus, Wait
 from protocol.types import LeaseKind
 from tests.schedules import finish, fresh, grants, refusal, train
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 
 def test_an_evaluation_goes_to_its_version_before_anything_else_and_outside_the_ledger() -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from broker.evaluation import Evaluation
 from broker.leases import Generator, Grant, LeaseTable, OpenLease
 from protocol.types import LeaseKind
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 SESSIONS = ("a", "b", "c")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from broker.leases import Refusal, ResultStatus
 from broker.scheduler import Scheduler
 from tests.schedules import finish, fresh, grants, refusal
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 # Results
 

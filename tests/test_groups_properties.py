@@ -13,7 +13,7 @@ from broker.batches import TakenGroup
 from broker.leases import Generator, Grant, OpenLease
 from protocol.types import LeaseKind
 from tests.schedules import fresh
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 FAILED, CRASHED, LOST, KEPT, EQUAL, FILTERED, SPLIT, TRAINED = (
     "failed", "crashed", "lost", "kept", "filtered/equal_rewards", "filtered/too_odd", "split", "trained"

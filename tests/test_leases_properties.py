@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from broker.leases import REMEMBERED_LATENCIES, Generator, Grant, LeaseTable
 from protocol.types import LeaseKind
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 SESSIONS = ("a", "b", "c")
 TTL_S = 10.0

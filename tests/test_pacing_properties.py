@@ -13,7 +13,7 @@ from broker.batches import ScheduleSettings
 from broker.leases import REMEMBERED_LATENCIES, Refusal, Wait
 from broker.ledger import Ledger
 from broker.scheduler import PROBE_EVERY_S, Scheduler
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 SESSIONS = ("a", "b", "c")
 TIMES_S = st.sampled_from([0.0, 1e-9, 0.001, 0.5, 1.0, 20.0, PROBE_EVERY_S, 1e5]) | st.floats(0, 100)

@@ -15,7 +15,7 @@ from broker.ledger import Ledger
 from broker.scheduler import Scheduler
 from protocol.config import AtBound
 from protocol.types import LeaseKind
-from tests.simulated_cluster import answer
+from tests.simulation.generator import answer
 
 SESSIONS = ["a", "b", "c"]
 TTL_S = 30.0

@@ -9,7 +9,7 @@ from broker.leases import Grant
 from broker.scheduler import Scheduler
 from protocol.config import AtBound
 from tests.schedules import finish, fresh, grants, prompts, train
-from tests.simulated_generator import answer
+from tests.simulation.generator import answer
 
 
 def at_its_deadline(num_finished: int, **changes: Any) -> tuple[Scheduler, Grant]:
