@@ -22,7 +22,7 @@ import numpy as np
 
 from actors.engine import Engine, EngineStatistics, RequestFailed
 from actors.outcomes import error_result, release, result
-from actors.rollout import attempt_for, single_turn
+from actors.rollout import attempt_for, sampling_for, single_turn
 from actors.scorer import Scorer
 from actors.snapshot_source import SnapshotSource
 from protocol.config import Config
@@ -103,7 +103,7 @@ class Generator:
             room = self._config.generators.max_running - sum(
                 running.lease.samples for running in self._running.values()
             )
-            if held is None or self._loading or (self._running and room < self._config.batch.group_size):
+            if held is None or self._loading or (self._running and room < self._config.samples_per_lease):
                 self._say("generating" if self._running else "waiting for weights")
                 await self._wait_for_change()
                 continue
@@ -152,8 +152,7 @@ class Generator:
 
     async def _sample(self, running: Running, sample: int) -> None:
         lease, epoch = running.lease, running.epoch
-        evaluating = lease.kind is LeaseKind.EVALUATE
-        sampling = self._config.evaluation_params() if evaluating else self._config.sampling.params()
+        sampling = sampling_for(lease, sample, self._config)
         attempt = attempt_for(lease, running.name, sample, sampling, self._config.run.seed)
         try:
             completion = await single_turn(self._engine, lease, attempt)

@@ -7,9 +7,10 @@ generator swaps weights under it, and every token of its completions carries the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.engine import Engine
+from protocol.config import Config
 from protocol.types import Completion, Lease, LeaseKind, SamplingParams
 
 
@@ -27,13 +28,21 @@ async def single_turn(engine: Engine, lease: Lease, attempt: Attempt) -> Complet
     return await engine.generate(attempt.request_id, lease.prompt.tokens, attempt.sampling, attempt.seed)
 
 
+def sampling_for(lease: Lease, sample: int, config: Config) -> SamplingParams:
+    """How a sample of this lease is drawn: greedily in an evaluation, and behind the G samples that are trained."""
+    if lease.kind is LeaseKind.EVALUATE:
+        return config.evaluation_params()
+    params = config.sampling.params()
+    return params if sample < config.batch.group_size else replace(params, temperature=0.0)
+
+
 def attempt_for(lease: Lease, name: str, sample: int, sampling: SamplingParams, run_seed: int) -> Attempt:
     """What to ask the engine for. `name`: of the lease, different from any that the engine may still be busy with.
 
     A repeated generation is the same generation: the lease's attempt is no part of the seed.
     """
     request_id = f"{name}-{sample}"
-    if lease.kind is LeaseKind.EVALUATE:
+    if sampling.temperature == 0.0:
         return Attempt(request_id, sampling, None)
     return Attempt(request_id, sampling, sampling_seed(run_seed, lease.prompt.number, sample, lease.failures))
 

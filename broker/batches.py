@@ -20,7 +20,7 @@ from protocol.types import Trajectory
 @dataclass(frozen=True, slots=True)
 class ScheduleSettings:
     prompts_per_step: int  # P, at least 1
-    group_size: int  # G, at least 1
+    group_size: int  # completions of one lease, at least 1
     steps: int  # T, at least 1
     max_staleness: int = 2  # S, at least 0
     num_prompts: int | None = None  # length of the prompt stream; None: it has no end

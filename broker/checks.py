@@ -38,8 +38,10 @@ def invalid_reason(
 
 def _bad_logprobs(result: Result) -> str:
     missing = np.isnan(result.behavior_logprobs)
-    if missing.mean() > MAX_MISSING_SHARE and not (result.has_observed and bool((missing <= result.observed).all())):
-        return f"{missing.sum()} of {len(missing)} log-probabilities are missing"
+    sampled = ~result.observed if result.has_observed else np.ones_like(missing)
+    num_missing, num_sampled = int((missing & sampled).sum()), int(sampled.sum())
+    if num_missing > MAX_MISSING_SHARE * num_sampled:
+        return f"{num_missing} of {num_sampled} log-probabilities are missing"
     present = result.behavior_logprobs[~missing]
     if present.size and (float(present.max()) > MAX_LOGPROB or not np.isfinite(present).all()):
         return "a log-probability that is infinite or above 0"

@@ -17,6 +17,7 @@ from broker.leases import Grant, Refusal
 from broker.leases import Wait as NoLease
 from broker.metrics import evaluation_summary
 from broker.outcome import Later
+from broker.overlong import punished
 from broker.peers import Peer
 from broker.prompts import Unusable
 from broker.run_state import RunState
@@ -173,6 +174,8 @@ class GeneratorDesk:
             reward_names=[shown_name(function.use) for function in config.rewards.functions],
         )
         answer = trajectory(message)
+        if config.algorithm.overlong == "punish" and not evaluating:
+            answer = punished(answer, sampling.max_tokens, config.algorithm.overlong_buffer_tokens)
         if reason:
             log.warning(
                 "result %d of prompt %d by %s is invalid: %s", message.sample, message.prompt, peer.name, reason

@@ -7,13 +7,23 @@ moving the prompt together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from broker.batches import ScheduleSettings, TakenGroup
 from broker.leases import LeaseTable, OpenLease
 from broker.ledger import MAX_FAILURES, Ledger
 from broker.pacing import Pace
+from protocol.types import Trajectory
 
 BATCHES_WITHOUT_SIGNAL = 4  # so many batches' worth of groups filtered in a row end the run
 EQUAL_REWARDS = "equal_rewards"  # why a group is filtered that no gradient comes from
+
+
+def equal_rewards(trajectories: Sequence[Trajectory]) -> bool:
+    """Whether all have the same reward as the learner sees it, in float32: 0.1 + 0.2 is 0.3 there."""
+    return len({np.float32(trajectory.reward) for trajectory in trajectories}) == 1
 
 
 class Groups:
@@ -38,7 +48,7 @@ class Groups:
         elif len(good) < min(2, self._settings.group_size):
             self._count_failure(lease, lease.errors[0])
         else:
-            has_signal = len({trajectory.reward for trajectory in good}) > 1 or not self._settings.filter_equal_rewards
+            has_signal = not self._settings.filter_equal_rewards or not equal_rewards(good)
             self._pace.latency_s.add(latency_s)
             if has_signal:
                 self._ledger.finish(lease.grant.prompt)

@@ -30,6 +30,7 @@ from protocol.messages import (
     VersionHint,
     Wait,
 )
+from protocol.rewards import weighted_functions
 from protocol.shares import split_pages
 from protocol.types import Group, Prompt
 
@@ -120,8 +121,18 @@ class LearnerDesk:
         groups = [self._group(taken) for taken in batch.groups]
         ledger = msgpack.packb(scheduler.ledger.snapshot())
         numbers = batch_numbers(run, batch, now)
-        size, bound = run.config.batch.group_size, run.config.staleness.max
-        for share in cut_shares(run.epoch, batch.step, groups, run.num_ranks, size, bound):
+        config = run.config
+        names = [name for name, _ in weighted_functions(config)] if config.algorithm.advantage == "gdpo" else []
+        for share in cut_shares(
+            run.epoch,
+            batch.step,
+            groups,
+            run.num_ranks,
+            config.batch.group_size,
+            config.staleness.max,
+            names,
+            has_greedy=config.algorithm.advantage == "remax",
+        ):
             pages = split_pages(share)
             if share.rank == 0:
                 pages[0] = pages[0].model_copy(update={"ledger": ledger, "numbers": numbers})

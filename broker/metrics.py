@@ -25,7 +25,8 @@ def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
     scheduler = run.scheduler_now()
     ages = [scheduler.version - lease.grant.version for lease in scheduler.leases.open.values()]
     numbers = {f"ledger/{name}": float(count) for name, count in scheduler.ledger.counts().items()}
-    numbers |= _reward_means([trajectory for group in batch.groups for trajectory in group.trajectories])
+    trajectories = [trajectory for group in batch.groups for trajectory in group.trajectories]
+    numbers |= _reward_means([each for each in trajectories if each.sample < run.config.batch.group_size])
     numbers |= {f"broker/results_{status}": float(count) for status, count in run.num_results.items()}
     numbers["staleness/in_flight"] = float(np.mean(ages)) if ages else 0.0
     numbers["broker/open_groups"] = float(len(scheduler.leases.open))

@@ -97,7 +97,7 @@ class RunState:
         epochs_end = None if config.run.steps else int(config.run.epochs * self.source.num_rows)
         return ScheduleSettings(
             prompts_per_step=config.batch.prompts,
-            group_size=config.batch.group_size,
+            group_size=config.samples_per_lease,
             max_staleness=config.staleness.max,
             steps=self.num_steps,
             num_prompts=epochs_end,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from heapq import heapify, heapreplace
 
 import numpy as np
@@ -23,9 +24,22 @@ Table = NDArray[np.float32]
 
 
 def cut_shares(
-    epoch: int, step: int, groups: Sequence[Group], num_ranks: int, group_size: int, max_staleness: int
+    epoch: int,
+    step: int,
+    groups: Sequence[Group],
+    num_ranks: int,
+    group_size: int,
+    max_staleness: int,
+    functions: Sequence[str] = (),
+    has_greedy: bool = False,
 ) -> list[Share]:
-    """The shares of ranks 0 .. num_ranks - 1: each completion goes whole to one rank; a rank may get none."""
+    """The shares of ranks 0 .. num_ranks - 1: each completion goes whole to one rank; a rank may get none.
+
+    `functions`: those whose rewards the learner needs one by one. `has_greedy`: sample G of each prompt is a baseline,
+    of which the learner needs the reward alone.
+    """
+    greedy_rewards = _greedy_rewards(groups, group_size) if has_greedy else np.zeros(0, np.float32)
+    groups = [_without_greedy(group, group_size) for group in groups]
     items: list[ShareItem] = []
     total_tokens = 0
     for row, group in enumerate(groups):
@@ -39,9 +53,23 @@ def cut_shares(
             items.append(ShareItem(row, trajectory.sample, trajectory.prompt, group.prompt.tokens, completion))
     rewards, baseline_rewards = reward_tables(groups, group_size)
     remainders = frozenset(row for row, group in enumerate(groups) if group.remainder)
+    by_function = function_rewards(groups, group_size, functions)
     digest = batch_digest(groups)
     return [
-        Share(epoch, step, digest, rank, num_ranks, total_tokens, rewards, baseline_rewards, tuple(part), remainders)
+        Share(
+            epoch,
+            step,
+            digest,
+            rank,
+            num_ranks,
+            total_tokens,
+            rewards,
+            baseline_rewards,
+            tuple(part),
+            remainders,
+            by_function,
+            greedy_rewards,
+        )
         for rank, part in enumerate(balance(items, num_ranks))
     ]
 
@@ -79,6 +107,18 @@ def reward_tables(groups: Sequence[Group], group_size: int) -> tuple[Table, Tabl
     return rewards, baselines
 
 
+def function_rewards(groups: Sequence[Group], group_size: int, functions: Sequence[str]) -> Table:
+    """Rewards [F, P, G] by function and sample, before any weight; NaN where one is missing or has no opinion."""
+    table = np.full((len(functions), len(groups), group_size), np.nan, np.float32)
+    for row, group in enumerate(groups):
+        for trajectory in group.trajectories:
+            for place, name in enumerate(functions):
+                value = trajectory.rewards.get(name)
+                if value is not None:
+                    table[place, row, trajectory.sample] = value
+    return table
+
+
 def batch_digest(groups: Sequence[Group]) -> bytes:
     """16 bytes that name what is trained: prompts, attempts, samples and their tokens, in any order of the groups."""
     digest = hashlib.blake2b(digest_size=16)
@@ -90,6 +130,21 @@ def batch_digest(groups: Sequence[Group]) -> bytes:
         digest.update(np.array(head, dtype="<i8").tobytes())
         digest.update(tokens.tobytes())
     return digest.digest()
+
+
+def _greedy_rewards(groups: Sequence[Group], group_size: int) -> Table:
+    """Reward [P] of each group's sample G; NaN where it failed."""
+    rewards = np.full(len(groups), np.nan, np.float32)
+    for row, group in enumerate(groups):
+        for trajectory in group.trajectories:
+            if trajectory.sample == group_size:
+                rewards[row] = trajectory.reward
+    return rewards
+
+
+def _without_greedy(group: Group, group_size: int) -> Group:
+    sampled = tuple(trajectory for trajectory in group.trajectories if trajectory.sample < group_size)
+    return replace(group, trajectories=sampled)
 
 
 def _stale_tokens(completion: Completion, oldest_allowed: int) -> NDArray[np.bool_]:

@@ -96,7 +96,7 @@ def _title(picture: Picture) -> str:
     generators = f"{config.generators.count} generator{'s' * (config.generators.count != 1)}"
     ranks = f"{config.learner.ranks} learner rank{'s' * (config.learner.ranks != 1)}"
     model = Path(config.model.path).name if Path(config.model.path).is_absolute() else config.model.path
-    return f"{picture.name}   {config.algorithm.name.upper()} · {model} · {generators} + {ranks}"
+    return f"{picture.name}   {config.algorithm.advantage.upper()} · {model} · {generators} + {ranks}"
 
 
 def _progress(picture: Picture) -> RenderableType:

@@ -2,7 +2,8 @@
 
 Runs in every learner rank. Only tokens inside the loss get a place in the arrays of length K, so no logits are computed
 for prompts, for what a tool said or for tokens that are left out. A sequence is never cut. A token without a finite
-behavior log-probability is left out of the loss here and counted (`counts`).
+behavior log-probability is left out of the loss here and counted (`counts`). What a forward pass gives per packed token
+goes back to the rows with `spread`.
 
 Legend: T packed input tokens of a micro-batch, K tokens of it inside the loss, L tokens of one completion. A sequence's
 last token predicts nothing, so it is a target but no input.
@@ -23,18 +24,26 @@ from torch import Tensor
 from protocol.types import Completion, Logprobs, Share, Tokens
 
 Mask = NDArray[np.bool_]
+Column = NDArray[np.float32]
+UNKNOWN = np.float32(np.nan)  # a loss that reads what nobody computed is no number, and changes nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence before it is packed."""
+    """One sequence before it is packed. A column is [L]; None: not known yet, or not needed."""
 
     prompt_tokens: Tokens  # at least one
     completion_tokens: Tokens  # [L]
     in_loss: Mask  # [L]
     behavior_logprobs: Logprobs  # [L]
-    advantage: float
     versions: NDArray[np.int32]  # [L], policy version of each token
+    place: int = 0  # of the completion in the whole batch: group * G + sample
+    advantages: Column | None = None
+    proximal_logprobs: Column | None = None
+    reference_logprobs: Column | None = None
+    values: Column | None = None
+    returns: Column | None = None
+    corrections: Column | None = None  # None: 1 for every token
 
     def __post_init__(self) -> None:
         assert len(self.prompt_tokens), "the first token of a completion needs one before it"
@@ -43,6 +52,13 @@ class Row:
     def kept(self) -> NDArray[np.int64]:
         """Places in the completion that are in the loss."""
         return np.flatnonzero(self.in_loss & np.isfinite(self.behavior_logprobs))
+
+    @property
+    def kept_mask(self) -> Mask:
+        """The same as a mask [L]."""
+        mask = np.zeros(len(self.completion_tokens), np.bool_)
+        mask[self.kept] = True
+        return mask
 
     @property
     def num_inputs(self) -> int:
@@ -56,12 +72,20 @@ class MicroBatch:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in each sequence
     cuts: tuple[int, ...]  # 0, ends of the sequences in T
+    rows: tuple[int, ...]  # of each sequence, its place in the list that was packed
+    num_sequences: int
     positions: Tensor  # [K] int64: the place in T that predicts the token
     targets: Tensor  # [K] int64
-    behavior_logprobs: Tensor  # [K] float32
-    advantages: Tensor  # [K] float32
+    sequence_ids: Tensor  # [K] int64, 0 .. num_sequences - 1
     sequence_lengths: Tensor  # [K] float32: tokens inside the loss of the token's own sequence
     versions: Tensor  # [K] int32
+    behavior_logprobs: Tensor  # [K] float32, as all that follow; NaN where nobody computed it
+    proximal_logprobs: Tensor
+    reference_logprobs: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+    corrections: Tensor  # weight of the token's policy loss; 0 leaves it out, but not out of the denominator
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors: dict[str, Any] = {
@@ -78,25 +102,22 @@ def token_versions(completion: Completion) -> NDArray[np.int32]:
     return versions
 
 
-def share_rows(
-    share: Share, advantages: NDArray[np.float32], left_out: Sequence[Mask | None] | None = None
-) -> list[Row]:
-    """Rows of a share: `advantages` [P, G] of the whole batch, `left_out` a mask [L] of tokens per item, or None."""
+def share_rows(share: Share, left_out: Sequence[Mask | None]) -> list[Row]:
+    """Rows of a share; `left_out` has a mask [L] of tokens per item, or None."""
     rows = []
-    for index, item in enumerate(share.items):
+    for item, mask in zip(share.items, left_out, strict=True):
         completion = item.completion
         in_loss = (
             np.ones(len(completion.tokens), dtype=np.bool_) if completion.observed is None else ~completion.observed
         )
-        mask = None if left_out is None else left_out[index]
         rows.append(
             Row(
                 prompt_tokens=item.prompt_tokens,
                 completion_tokens=completion.tokens,
                 in_loss=in_loss if mask is None else in_loss & ~mask,
                 behavior_logprobs=completion.behavior_logprobs,
-                advantage=float(advantages[item.group, item.sample]),
                 versions=token_versions(completion),
+                place=item.group * share.rewards.shape[1] + item.sample,
             )
         )
     return rows
@@ -116,35 +137,59 @@ def pack(rows: Sequence[Row], budget_tokens: int) -> list[MicroBatch]:
 
     Depends on the rows and their order only. Rows without a token in the loss are dropped.
     """
-    bins: list[list[Row]] = []
+    bins: list[list[int]] = []
     room: list[int] = []
-    for row in sorted((row for row in rows if len(row.kept)), key=lambda row: -row.num_inputs):
-        place = next((i for i, left in enumerate(room) if row.num_inputs <= left), None)
+    for index in sorted((i for i, row in enumerate(rows) if len(row.kept)), key=lambda i: -rows[i].num_inputs):
+        size = rows[index].num_inputs
+        place = next((i for i, left in enumerate(room) if size <= left), None)
         if place is None:
             bins.append([])
             room.append(budget_tokens)
             place = -1
-        bins[place].append(row)
-        room[place] -= row.num_inputs
-    return [_packed(rows_of_bin) for rows_of_bin in bins]
+        bins[place].append(index)
+        room[place] -= size
+    return [_packed(rows, tuple(indices)) for indices in bins]
 
 
 def empty_micro_batch() -> MicroBatch:
     """One token through the model and none in the loss: what a rank runs while others have one micro-batch more."""
+    whole, real = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     return MicroBatch(
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
         position_ids=torch.zeros(1, 1, dtype=torch.int64),
         cuts=(0, 1),
-        positions=torch.zeros(0, dtype=torch.int64),
-        targets=torch.zeros(0, dtype=torch.int64),
-        behavior_logprobs=torch.zeros(0),
-        advantages=torch.zeros(0),
-        sequence_lengths=torch.zeros(0),
+        rows=(),
+        num_sequences=0,
+        positions=whole,
+        targets=whole,
+        sequence_ids=whole,
+        sequence_lengths=real,
         versions=torch.zeros(0, dtype=torch.int32),
+        behavior_logprobs=real,
+        **dict.fromkeys(COLUMNS, real),
     )
 
 
-def _packed(rows: list[Row]) -> MicroBatch:
+def spread(
+    rows: Sequence[Row], micro_batches: Sequence[MicroBatch], per_token: Sequence[NDArray[np.float32]]
+) -> list[Column]:
+    """What each micro-batch gave [K], as one column [L] per row; NaN for tokens outside the loss."""
+    columns = [np.full(len(row.completion_tokens), UNKNOWN) for row in rows]
+    for batch, values in zip(micro_batches, per_token, strict=True):
+        start = 0
+        for index in batch.rows:
+            kept = rows[index].kept
+            columns[index][kept] = values[start : start + len(kept)]
+            start += len(kept)
+        assert start == len(values), f"{start} tokens in the loss of the rows, {len(values)} values"
+    return columns
+
+
+COLUMNS = ("proximal_logprobs", "reference_logprobs", "advantages", "values", "returns", "corrections")
+
+
+def _packed(all_rows: Sequence[Row], indices: tuple[int, ...]) -> MicroBatch:
+    rows = [all_rows[index] for index in indices]
     starts = np.cumsum([0] + [row.num_inputs for row in rows])
     kept_counts = [len(row.kept) for row in rows]
     inputs = [np.concatenate([row.prompt_tokens, row.completion_tokens[:-1]]) for row in rows]
@@ -153,14 +198,25 @@ def _packed(rows: list[Row]) -> MicroBatch:
         input_ids=_tensor(inputs, np.int64)[None],
         position_ids=_tensor([np.arange(row.num_inputs) for row in rows], np.int64)[None],
         cuts=tuple(int(cut) for cut in starts),
+        rows=indices,
+        num_sequences=len(rows),
         positions=_tensor(positions, np.int64),
         targets=_tensor([row.completion_tokens[row.kept] for row in rows], np.int64),
-        behavior_logprobs=_tensor([row.behavior_logprobs[row.kept] for row in rows], np.float32),
-        advantages=_tensor([np.repeat([row.advantage for row in rows], kept_counts)], np.float32),
+        sequence_ids=_tensor([np.repeat(np.arange(len(rows)), kept_counts)], np.int64),
         sequence_lengths=_tensor([np.repeat(kept_counts, kept_counts)], np.float32),
         versions=_tensor([row.versions[row.kept] for row in rows], np.int32),
+        behavior_logprobs=_tensor([row.behavior_logprobs[row.kept] for row in rows], np.float32),
+        **{name: _tensor([_column(row, name) for row in rows], np.float32) for name in COLUMNS},
     )
 
 
-def _tensor(parts: list[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:
+def _column(row: Row, name: str) -> Column:
+    """What is known of the row's tokens in the loss."""
+    column: Column | None = getattr(row, name)
+    if column is None:
+        return np.full(len(row.kept), 1.0 if name == "corrections" else UNKNOWN, dtype=np.float32)
+    return column[row.kept]
+
+
+def _tensor(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype))

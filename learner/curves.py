@@ -7,10 +7,17 @@ curves of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from learner.batches import token_versions
+from learner.losses import policy_curves
 from protocol.types import FinishReason, Share
+
+if TYPE_CHECKING:
+    from learner.policy import Update
 
 
 def batch_sums(share: Share, bound: int) -> dict[str, float]:
@@ -46,6 +53,25 @@ def token_curves(sums: dict[str, float]) -> dict[str, float]:
         "completion/truncated_frac": sums["truncated"] / completions,
         "staleness/mean": sums["staleness"] / tokens,
         "staleness/left_out_frac": sums["left_out"] / tokens,
+    }
+
+
+def prompt_numbers(share: Share) -> dict[str, float]:
+    """Prompt.number of each group of the batch, by its row; -1 for those of which this rank has no completion."""
+    numbers = dict.fromkeys(map(str, range(len(share.rewards))), -1.0)
+    return numbers | {str(item.group): float(item.prompt) for item in share.items}
+
+
+def update_curves(updates: Sequence[Update]) -> dict[str, float]:
+    """Of one batch's optimizer steps together; those that were skipped count only where none was applied."""
+    counted = [update for update in updates if update.applied] or updates
+    sums = {name: sum(update.sums[name] for update in counted) for name in counted[0].sums}
+    sums["loss"] /= len(counted)
+    return {
+        **policy_curves(sums),
+        "policy/grad_norm": float(np.mean([update.grad_norm for update in counted])),
+        "policy/micro_batches": float(sum(update.num_micro_batches for update in updates)),
+        "policy/updates": float(sum(update.applied for update in updates)),
     }
 
 

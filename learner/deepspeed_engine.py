@@ -229,3 +229,34 @@ class DeepSpeedEngine:
         size, ranks = parameter.ds_tensor.ds_numel, self._ranks
         padded = F.pad(whole.reshape(-1), (0, size * ranks.num_ranks - parameter.ds_numel))
         return padded[size * ranks.rank : size * (ranks.rank + 1)]
+
+
+class FrozenEngine:
+    """A module that is only evaluated. Under ZeRO 3 it is partitioned too, and every method is collective."""
+
+    def __init__(self, module: nn.Module, learner: LearnerConfig, dtype: torch.dtype) -> None:
+        self._stage = zero_stage(learner, dtype)
+        self._module = module.requires_grad_(False)
+        if self._stage == 3:
+            config = {
+                "train_micro_batch_size_per_gpu": 1,  # as in `engine_config`
+                "bf16": {"enabled": dtype == torch.bfloat16},
+                "zero_optimization": {"stage": 3},
+            }
+            self._module, *_ = deepspeed.initialize(model=module, config=config)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._module(*arguments)
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Local."""
+        return tuple(parameter.ds_shape if self._stage == 3 else parameter.shape)
+
+    def opened(self, named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters, each until the next is asked for; what all ranks write into one stays."""
+        for name, parameter in named:
+            if self._stage < 3:
+                yield name, parameter.data
+            else:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    yield name, parameter.data

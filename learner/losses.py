@@ -1,98 +1,126 @@
-"""Log-probabilities -> a loss and the sums its curves are made of. Pure tensors in, tensors out.
+"""The losses that `Policy.update` takes, and the curves made of what they count. Pure tensors in, tensors out.
 
-Runs in every learner rank. Every token has a weight whose denominator is that of the whole batch on all ranks, so
-adding up the losses of micro-batches and ranks gives the loss of the batch, however it was cut. That promise rests on
-`token_weights`.
+Runs in every learner rank. `PolicyLoss` is the algorithm's: of each token, what `surrogates.py` makes of its ratio and
+advantage, times its off-policy correction, plus the KL to the reference, minus the entropy bonus. Tokens are added up
+with the weights of `aggregation.py`, so the losses of micro-batches and ranks add up to that of the mini-batch, however
+it was cut. `SupervisedLoss` is that of the warm start.
 
 Legend: K tokens inside the loss of one micro-batch, as packed by `batches.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from learner import surrogates
+from learner.aggregation import Aggregation, Totals, token_weights
 from learner.batches import MicroBatch
-from protocol.config import AlgorithmConfig
-
-MAX_LOG_RATIO = 20.0
+from learner.kl import kl_penalty
+from learner.surrogates import Surrogate, token_log_ratio
+from protocol.config import AlgorithmConfig, KlConfig
 
 LossAndSums = tuple[Tensor, dict[str, Tensor]]
 
 
-class Totals(NamedTuple):
-    """What the whole batch has, on all ranks."""
+class PolicyLoss:
+    """The loss of one mini-batch as `Policy.update` wants it."""
 
-    tokens: float  # inside the loss
-    sequences: float  # with a token inside the loss
-
-
-def token_weights(sequence_lengths: Tensor, aggregation: str, totals: Totals) -> Tensor:
-    """Weight [K] of each token in the loss; over the whole batch they add up to 1.
-
-    "token_mean": every token the same. "sequence_mean": every sequence the same, and the tokens of one the same.
-    `sequence_lengths` [K]: tokens inside the loss of the token's own sequence.
-    """
-    if aggregation == "token_mean":
-        return torch.full_like(sequence_lengths, 1.0 / max(totals.tokens, 1.0))
-    assert aggregation == "sequence_mean", aggregation
-    return 1.0 / (sequence_lengths * max(totals.sequences, 1.0))
-
-
-def clipped_ratio_loss(
-    logprobs: Tensor,
-    entropies: Tensor,
-    behavior_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> LossAndSums:
-    """Sum over tokens of weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
-
-    r = exp(logprob - behavior logprob). PPO's clipped surrogate (Schulman et al. 2017, eq. 7) per token, with the two
-    bounds of DAPO (Yu et al. 2025, eq. 10). The denominator of r is the generator's own log-probability, so the clip
-    holds the policy near the one that sampled. All arguments are [K]; the log ratio is clamped to +-20 before exp. Sums
-    are over tokens, unweighted; `averages` says what becomes of them.
-    """
-    log_ratio = (logprobs - behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high))
-    with torch.no_grad():
-        sums = {
-            "tokens": torch.ones_like(ratio).sum(),
-            "clipped_low": ((advantages < 0) & (ratio < 1.0 - clip_low)).sum(),
-            "clipped_high": ((advantages > 0) & (ratio > 1.0 + clip_high)).sum(),
-            "entropy": entropies.sum(),
-            "k1": -log_ratio.sum(),
-            "k3": (ratio - 1.0 - log_ratio).sum(),
-            "ratio": ratio.sum(),
-            "ratio_squared": ratio.square().sum(),
-        }
-    return (per_token * weights).sum(), sums
-
-
-class GrpoLoss:
-    """The clipped-ratio loss of one batch as `Policy.update` wants it."""
-
-    def __init__(self, settings: AlgorithmConfig, totals: Totals) -> None:
+    def __init__(self, settings: AlgorithmConfig, kl: KlConfig, kl_coef: float, aggregation: Aggregation) -> None:
+        """`kl_coef` is the coefficient of now, which follows `kl.target` where there is one."""
         self._settings = settings
-        self._totals = totals
+        self._kl = kl
+        self._kl_coef = kl_coef
+        self._aggregation = aggregation
 
     def __call__(self, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossAndSums:
-        weights = token_weights(batch.sequence_lengths, self._settings.aggregation, self._totals)
-        return clipped_ratio_loss(
-            logprobs,
-            entropies,
-            batch.behavior_logprobs,
-            batch.advantages,
-            weights,
-            self._settings.clip_low,
-            self._settings.clip_high,
-        )
+        """This micro-batch's part of the loss, and sums over its tokens, unweighted, for `policy_curves`.
+
+        `logprobs` [K] and `entropies` [K] are the current policy's; the latter need a gradient for an entropy bonus.
+        """
+        surrogate, corrections = self._surrogate(logprobs, batch)
+        per_token = surrogate.per_token * corrections
+        sums = _policy_sums(surrogate, logprobs.detach(), entropies.detach(), batch)
+        if self._kl.coef > 0 and self._kl.place == "loss":
+            penalty = self._kl_penalty(logprobs, batch)
+            per_token = per_token + self._kl_coef * penalty
+            sums["kl_reference"] = penalty.detach().sum()
+        if self._settings.entropy_coef > 0:
+            per_token = per_token - self._settings.entropy_coef * entropies
+        return (per_token * self._aggregation.weights(batch.sequence_lengths)).sum(), sums
+
+    def _surrogate(self, logprobs: Tensor, batch: MicroBatch) -> tuple[Surrogate, Tensor]:
+        """The policy's loss per token, and the corrections [K] it is multiplied by.
+
+        DPPO's ratio is that of the current policy and the one that sampled, so it corrects by itself: of the
+        corrections it takes only what they leave out.
+        """
+        settings, advantages = self._settings, batch.advantages
+        clips = settings.clip_low, settings.clip_high
+        older, corrections = batch.proximal_logprobs, batch.corrections
+        match settings.loss:
+            case "ppo":
+                return surrogates.ppo(logprobs, older, advantages, *clips, settings.dual_clip), corrections
+            case "gspo":
+                means = surrogates.sequence_means(
+                    (logprobs - older).detach(), batch.sequence_ids, batch.sequence_lengths, batch.num_sequences
+                )
+                return surrogates.gspo(logprobs, means, advantages, *clips, settings.dual_clip), corrections
+            case "cispo":
+                return surrogates.cispo(logprobs, older, advantages, *clips), corrections
+            case "sapo":
+                taus = settings.sapo_tau_positive, settings.sapo_tau_negative
+                return surrogates.sapo(logprobs, older, advantages, *taus), corrections
+            case "reinforce":
+                return surrogates.reinforce(logprobs, advantages), corrections
+        dppo = surrogates.dppo_tv if settings.loss == "dppo_tv" else surrogates.dppo_kl
+        kept = (corrections != 0).to(corrections.dtype)
+        return dppo(logprobs, batch.behavior_logprobs, advantages, settings.dppo_bound), kept
+
+    def _kl_penalty(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """KL to the reference [K]; `with_ratio` multiplies by the ratio to the policy that sampled the token."""
+        ratio = token_log_ratio(logprobs, batch.behavior_logprobs).exp() if self._kl.with_ratio else None
+        return kl_penalty(self._kl.form, self._kl.straight_through, logprobs, batch.reference_logprobs, ratio)
+
+
+def _policy_sums(surrogate: Surrogate, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    log_ratio = token_log_ratio(logprobs, batch.proximal_logprobs)
+    ratio = log_ratio.exp()
+    return {
+        "tokens": torch.ones_like(ratio).sum(),
+        "clipped_low": surrogate.low.sum(),
+        "clipped_high": surrogate.high.sum(),
+        "clipped_dual": surrogate.dual.sum(),
+        "entropy": entropies.sum(),
+        "k1": -log_ratio.sum(),
+        "ratio": ratio.sum(),
+        "ratio_squared": ratio.square().sum(),
+    }
+
+
+def policy_curves(sums: Mapping[str, float]) -> dict[str, float]:
+    """Curves of one update from the sums of `PolicyLoss` over all ranks.
+
+    `policy/kl` (k1, Schulman 2020) and the ratio are those of the proximal policy against the current one; what lies
+    between generators and proximal policy is in `mismatch.py`. `policy/kl_reference` is the penalty as the settings
+    form it, before its coefficient.
+    """
+    tokens = max(sums["tokens"], 1.0)
+    mean = sums["ratio"] / tokens
+    curves = {
+        "policy/loss": sums["loss"],
+        "policy/kl": sums["k1"] / tokens,
+        "policy/entropy": sums["entropy"] / tokens,
+        "policy/clip_frac_low": sums["clipped_low"] / tokens,
+        "policy/clip_frac_high": sums["clipped_high"] / tokens,
+        "policy/clip_frac_dual": sums["clipped_dual"] / tokens,
+        "policy/ratio_mean": mean,
+        "policy/ratio_std": math.sqrt(max(sums["ratio_squared"] / tokens - mean**2, 0.0)),
+    }
+    return curves | ({"policy/kl_reference": sums["kl_reference"] / tokens} if "kl_reference" in sums else {})
 
 
 class SupervisedLoss:
@@ -104,22 +132,3 @@ class SupervisedLoss:
     def __call__(self, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossAndSums:
         loss = -(logprobs * token_weights(batch.sequence_lengths, "token_mean", self._totals)).sum()
         return loss, {"tokens": torch.ones_like(logprobs).sum(), "entropy": entropies.detach().sum()}
-
-
-def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Curves of one update from the sums of `clipped_ratio_loss` over all ranks.
-
-    KL is that of the sampling policy against the current one: k1 = -log r and k3 = r - 1 - log r (Schulman 2020,
-    "Approximating KL divergence"). ess is (sum r)^2 / (n sum r^2), 1 when every ratio is the same.
-    """
-    tokens = max(sums["tokens"], 1.0)
-    return {
-        "policy/loss": sums["loss"],
-        "policy/kl": sums["k1"] / tokens,
-        "policy/entropy": sums["entropy"] / tokens,
-        "policy/clip_frac_low": sums["clipped_low"] / tokens,
-        "policy/clip_frac_high": sums["clipped_high"] / tokens,
-        "mismatch/kl": sums["k3"] / tokens,
-        "mismatch/ratio_mean": sums["ratio"] / tokens,
-        "mismatch/ess": sums["ratio"] ** 2 / max(tokens * sums["ratio_squared"], 1e-30),
-    }

@@ -113,15 +113,19 @@ def uses_sliding_window(config: PretrainedConfig) -> bool:
 
 
 class ChunkedHead(nn.Module):
-    """Log-probabilities and entropies from hidden states; logits exist for one chunk of tokens at a time."""
+    """Log-probabilities and entropies from hidden states; logits exist for one chunk of tokens at a time.
 
-    def __init__(self, lm_head: nn.Linear, chunk_tokens: int) -> None:
+    `entropy_gradient`: entropies have one too, which only an entropy bonus needs.
+    """
+
+    def __init__(self, lm_head: nn.Linear, chunk_tokens: int, entropy_gradient: bool) -> None:
         super().__init__()
         self.chunk_tokens = chunk_tokens
+        self.entropy_gradient = entropy_gradient
         self.__dict__["lm_head"] = lm_head  # a reference, no submodule: the model owns the weight
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """hidden [K, D], targets [K] -> log-probabilities [K], entropies [K] without gradient, both float32."""
+        """hidden [K, D], targets [K] -> log-probabilities [K], entropies [K], both float32."""
         # the weight, no call of the module per chunk: under ZeRO-3 a call gathers, and ranks have unlike chunk counts
         weight = self.lm_head.weight
         chunks = [
@@ -138,11 +142,10 @@ class ChunkedHead(nn.Module):
         logprobs, entropies = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    @staticmethod
-    def _chunk(hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _chunk(self, hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight).float() / temperature
         normalizer = logits.logsumexp(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
             entropies = normalizer - (logits.softmax(-1) * logits).sum(-1)
         return logits.gather(-1, targets[:, None])[:, 0] - normalizer, entropies
 
@@ -150,10 +153,12 @@ class ChunkedHead(nn.Module):
 class PolicyModel(nn.Module):
     """The language model and its chunked head as one module with one forward."""
 
-    def __init__(self, lm: PreTrainedModel, chunk_tokens: int, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, chunk_tokens: int, gradient_checkpointing: bool, entropy_gradient: bool = False
+    ) -> None:
         super().__init__()
         self.lm = lm
-        self.head = ChunkedHead(lm.get_output_embeddings(), chunk_tokens)
+        self.head = ChunkedHead(lm.get_output_embeddings(), chunk_tokens, entropy_gradient)
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()  # checkpointing acts in training mode only

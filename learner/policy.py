@@ -36,6 +36,7 @@ class Update:
     grad_norm: float  # before clipping
     sums: Mapping[str, float]  # the loss function's, over all ranks, and "loss"
     num_micro_batches: int  # of each rank
+    logprobs: Sequence[Tensor]  # [K] of this rank's micro-batches, under the weights from before the step
 
 
 class Policy:
@@ -56,7 +57,12 @@ class Policy:
         """Load the model and partition it. Raises ConfigError if model or `deepspeed:` settings cannot be used."""
         dtype = resolved_dtype(config.model.dtype, ranks.device)
         lm = load(model_path, dtype, ranks.device, config.model.trust_remote_code)
-        model = PolicyModel(lm, config.learner.logprob_chunk_tokens, config.learner.gradient_checkpointing)
+        model = PolicyModel(
+            lm,
+            config.learner.logprob_chunk_tokens,
+            config.learner.gradient_checkpointing,
+            entropy_gradient=config.algorithm.entropy_coef > 0,
+        )
         model.check_reproduces()
         engine = DeepSpeedEngine(model, config.learner, dtype, config.deepspeed, ranks)
         return cls(lm, engine, model_path, config.sampling.temperature, ranks)
@@ -75,11 +81,17 @@ class Policy:
 
     # Training.
 
-    @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float | None = None) -> list[Tensor]:
         """Log-probabilities [K] of each micro-batch under the current weights. `temperature` None: that of sampling."""
-        padded, _ = self._padded(micro_batches)
-        return [self._forward(batch.to(self._ranks.device), temperature)[0] for batch in padded][: len(micro_batches)]
+        return [logprobs for logprobs, _ in self.logprobs_and_entropies(micro_batches, temperature)]
+
+    @torch.no_grad()
+    def logprobs_and_entropies(
+        self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Both [K], of each micro-batch, without gradient."""
+        everywhere, _ = padded(micro_batches, self._ranks)
+        return [self._forward(batch.to(self._ranks.device), temperature) for batch in everywhere][: len(micro_batches)]
 
     def update(
         self,
@@ -93,11 +105,14 @@ class Policy:
         Ranks may bring different numbers of micro-batches; one with fewer runs empty ones, because backward is a
         collective.
         """
-        padded, count = self._padded(micro_batches)
+        everywhere, count = padded(micro_batches, self._ranks)
         totals: dict[str, Tensor] = {}
-        for batch in padded:
+        seen: list[Tensor] = []
+        for batch in everywhere:
             batch = batch.to(self._ranks.device)
-            part, sums = loss(*self._forward(batch, temperature), batch)
+            logprobs, entropies = self._forward(batch, temperature)
+            seen.append(logprobs.detach())
+            part, sums = loss(logprobs, entropies, batch)
             self._engine.backward(part)
             sums |= {"loss": part.detach(), "non_finite": ~part.detach().isfinite()}
             totals = {name: value.double() + totals.get(name, 0.0) for name, value in sums.items()}
@@ -106,7 +121,7 @@ class Policy:
         if reduced.pop("non_finite"):
             self._poison()
         norm, applied = self._engine.step(learning_rate)
-        return Update(applied, norm, reduced, count)
+        return Update(applied, norm, reduced, count, seen[: len(micro_batches)])
 
     def reset_optimizer(self) -> None:
         """Local: forget the moments; the weights stay."""
@@ -115,10 +130,6 @@ class Policy:
     def _forward(self, batch: MicroBatch, temperature: float | None) -> tuple[Tensor, Tensor]:
         heat = self._temperature if temperature is None else temperature
         return self._engine(batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, heat)
-
-    def _padded(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], int]:
-        count = max(1, int(self._ranks.max_across({"micro_batches": len(micro_batches)})["micro_batches"]))
-        return [*micro_batches, *[empty_micro_batch()] * (count - len(micro_batches))], count
 
     def _poison(self) -> None:
         """Make the gradient NaN, so that the engine drops it: a loss may be infinite while its gradient is finite."""
@@ -139,10 +150,14 @@ class Policy:
             if owned is not None:
                 yield name, *owned
 
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weights that compute), whole, on every rank; each is valid until the next is asked for."""
+        yield from self._engine.gathered(self._named)
+
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that transformers and vLLM load as it is, tokenizer included; rank 0 writes."""
         weights = {}
-        for name, whole in self._engine.gathered(self._named):
+        for name, whole in self.whole_weights():
             if self._ranks.is_first:
                 weights[name] = whole.to("cpu", copy=True)
         if self._ranks.is_first:
@@ -167,6 +182,12 @@ class Policy:
         for name, parameter in self._named:
             self._engine.restore(parameter, read(name))
         self._engine.end_restore()
+
+
+def padded(micro_batches: Sequence[MicroBatch], ranks: Ranks) -> tuple[list[MicroBatch], int]:
+    """As many micro-batches as the rank with the most has, and how many that are; collective."""
+    count = max(1, int(ranks.max_across({"micro_batches": len(micro_batches)})["micro_batches"]))
+    return [*micro_batches, *[empty_micro_batch()] * (count - len(micro_batches))], count
 
 
 def resolved_dtype(setting: str, device: torch.device) -> torch.dtype:

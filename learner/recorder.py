@@ -16,11 +16,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
-from learner import checkpoint
 from learner.announcer import Announcer
 from learner.link import Link, Standing, Taken
 from learner.metrics import MetricsWriter, cut_lines
-from learner.policy import Policy
+from learner.models import Models
 from learner.ranks import Ranks
 from learner.samples import write_samples
 from protocol.config import Config
@@ -30,6 +29,7 @@ from protocol.types import Share, Tokens
 log = logging.getLogger("tether.recorder")
 
 EVALUATIONS_FILE = "evaluations.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 
 
 class Recorder:
@@ -40,19 +40,20 @@ class Recorder:
         config: Config,
         run_dir: Path,
         ranks: Ranks,
-        policy: Policy,
+        models: Models,
         link: Link,
         announcer: Announcer,
         model_path: str,
         start: Standing,
     ) -> None:
-        self._config, self._run_dir, self._ranks, self._policy, self._link = config, run_dir, ranks, policy, link
+        self._config, self._run_dir, self._ranks, self._models, self._link = config, run_dir, ranks, models, link
         self._announcer = announcer
         self._ledger, self._skipped = start.ledger, start.skipped
         self._saved_version = start.version if start.version else -1
         self._writer = MetricsWriter(run_dir, start.version) if ranks.is_first else None
         if ranks.is_first:
             cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
+            cut_lines(run_dir / SKIPPED_FILE, start.version, "step")
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
     def step(self, taken: Taken, curves: dict[str, float], step_s: float, *, skipped: bool) -> None:
@@ -71,6 +72,12 @@ class Recorder:
         self._link.heartbeat_numbers = {name: curves[name] for name in SHOWN if name in curves}
         write_samples(self._run_dir, share.step, self._samples(share))
         self.evaluations()
+
+    def skipped_update(self, step: int, update: int, grad_norm: float, completions: list[tuple[int, int]]) -> None:
+        """An update that was not finite, with what it would have trained: (prompt, sample) of all ranks."""
+        if self._writer is not None:
+            fields = {"step": step, "update": update, "grad_norm": str(grad_norm), "completions": completions}
+            self._append(SKIPPED_FILE, fields)
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """Curves of the supervised warm start."""
@@ -97,9 +104,8 @@ class Recorder:
             "settings": self._config.model_dump(mode="json"),
         }
         started = time.monotonic()
-        path = checkpoint.save(
-            self._run_dir / "checkpoints", version, self._policy, extras, self._config.checkpoint.keep, self._ranks
-        )
+        keep = self._config.checkpoint.keep
+        path = self._models.save(self._run_dir / "checkpoints", version, extras, keep, self._ranks)
         self._saved_version = version
         log.info("checkpoint of version %d in %.1f s: %s", version, time.monotonic() - started, path)
 
@@ -119,8 +125,11 @@ class Recorder:
         curves = {"eval/accuracy": evaluation.accuracy, "eval/length_mean": evaluation.length_mean}
         curves |= {f"eval/{name}": value for name, value in evaluation.rewards.items()}
         self._writer.write(evaluation.version, curves)
-        with open(self._run_dir / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(evaluation.model_dump(), ensure_ascii=False) + "\n")
+        self._append(EVALUATIONS_FILE, evaluation.model_dump())
+
+    def _append(self, name: str, fields: dict[str, Any]) -> None:
+        with open(self._run_dir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
     def _samples(self, share: Share) -> list[dict[str, Any]]:
         assert self._tokenizer is not None

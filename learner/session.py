@@ -14,7 +14,7 @@ from pathlib import Path
 from learner import checkpoint
 from learner.announcer import Announcer
 from learner.link import Link, Standing
-from learner.policy import Policy
+from learner.models import Models
 from learner.publisher import Publisher
 from learner.ranks import Ranks
 from learner.recorder import Recorder
@@ -35,8 +35,8 @@ COLLECTIVE_S = 600.0
 def train(config: Config, run_dir: Path, resume: bool) -> Ended:
     """All of one rank's life."""
     ranks = Ranks.open(os.environ, config.run.device, COLLECTIVE_S)
-    policy = Policy.open(config, config.model.path, ranks)
-    resumed = _resume(run_dir, policy, ranks) if resume else None
+    models = Models.open(config, ranks)
+    resumed = _resume(run_dir, models, ranks) if resume else None
     standing = resumed or Standing(0, -1, b"")
     link = Link(
         Addresses.read(run_dir),
@@ -49,13 +49,13 @@ def train(config: Config, run_dir: Path, resume: bool) -> Ended:
     )
     clock = StateClock(link.say)
     shared = _shared_folder(ranks)
-    publisher = Publisher(shared / "snapshots", policy, ranks)
+    publisher = Publisher(shared / "snapshots", models.policy, ranks)
     announcer = Announcer(publisher, link, ranks, lambda version: evaluation_is_due(config, version, link.num_steps))
-    recorder = Recorder(config, run_dir, ranks, policy, link, announcer, config.model.path, standing)
+    recorder = Recorder(config, run_dir, ranks, models, link, announcer, config.model.path, standing)
     try:
         if resumed is None and config.warmup.steps:
-            _warm_up(config, run_dir, policy, ranks, recorder, clock)
-        return Trainer(config, ranks, policy, link, announcer, recorder, clock, standing.version).run()
+            _warm_up(config, run_dir, models, ranks, recorder, clock)
+        return Trainer(config, ranks, models, link, announcer, recorder, clock, standing.version).run()
     finally:
         recorder.close()
         link.close("the learner leaves")
@@ -69,7 +69,7 @@ def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
     return bool(every) and (version % every == 0 or version == num_steps)
 
 
-def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing | None:
+def _resume(run_dir: Path, models: Models, ranks: Ranks) -> Standing | None:
     """Rank 0 chooses the checkpoint; without a valid one (None) the run starts from its beginning, and says so."""
     found = checkpoint.latest_valid(run_dir / "checkpoints") if ranks.is_first else None
     for damage in found.damaged if found else ():
@@ -79,13 +79,13 @@ def _resume(run_dir: Path, policy: Policy, ranks: Ranks) -> Standing | None:
     if step < 0:
         log.warning("no checkpoint to resume from: starting from the beginning")
         return None
-    extras = checkpoint.load(run_dir / "checkpoints" / f"step_{step}", policy)
+    extras = models.load(run_dir / "checkpoints" / f"step_{step}")
     log.info("resuming from the checkpoint of version %d", extras["version"])
     return Standing(extras["version"], -1, extras["ledger"], extras["skipped"])
 
 
 def _warm_up(
-    config: Config, run_dir: Path, policy: Policy, ranks: Ranks, recorder: Recorder, clock: StateClock
+    config: Config, run_dir: Path, models: Models, ranks: Ranks, recorder: Recorder, clock: StateClock
 ) -> None:
     examples = read_examples(run_dir / WARMUP_FILE)
 
@@ -95,7 +95,8 @@ def _warm_up(
         recorder.warmup(step.step, curves)
 
     clock.enter(State.WARMING_UP, f"{config.warmup.steps} supervised steps")
-    warm_up(policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
+    warm_up(models.policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
+    models.warmed_up()
 
 
 def _shared_folder(ranks: Ranks) -> Path:

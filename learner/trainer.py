@@ -3,12 +3,13 @@
 Runs in every learner rank. Step k trains on policy version k and yields version k + 1. The order is a contract:
 
     take      the same batch on all ranks: its identity is compared before anything is computed from it
-    update    advantages from the whole batch's rewards, then forward and backward over this rank's completions
+    update    what the batch needs first (`Preparation.prepare`), then one optimizer step for each mini-batch of it
     publish   copy the new weights to shared memory; everything else of it happens beside the next step
     advance   told to the broker only after the snapshot exists and has its digests
 
-Staleness is asserted where it is used (`_rows`): a token older than S in the loss is a bug and stops the run. A step
-whose loss or gradient is not finite is skipped on every rank; three in a row end the run.
+Versions count batches, in however many optimizer steps each is trained. An optimizer step whose loss or gradient is not
+finite is skipped on every rank and written down; three in a row end the run. A batch of which nothing was applied is a
+skipped step.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import numpy as np
-
-from learner.advantages import group_advantages
 from learner.announcer import Announcer
-from learner.batches import Row, counts, pack, share_rows
-from learner.curves import batch_maxima, batch_sums, reward_curves, token_curves
+from learner.curves import batch_maxima, batch_sums, prompt_numbers, reward_curves, token_curves, update_curves
 from learner.link import Link, Taken
-from learner.losses import GrpoLoss, Totals, averages
-from learner.policy import Policy, Update
+from learner.mini_batches import MiniBatch
+from learner.mismatch import mismatch_curves
+from learner.models import Models
+from learner.policy import Update
+from learner.preparation import Preparation, Prepared
 from learner.ranks import Ranks
 from learner.recorder import Recorder
 from learner.schedule import learning_rate
@@ -32,6 +32,7 @@ from learner.states import State, StateClock
 from protocol.config import Config
 from protocol.errors import NoProgress, NumericError
 from protocol.messages import Finished
+from protocol.types import Share
 
 log = logging.getLogger("tether.trainer")
 
@@ -53,14 +54,15 @@ class Trainer:
         self,
         config: Config,
         ranks: Ranks,
-        policy: Policy,
+        models: Models,
         link: Link,
         announcer: Announcer,
         recorder: Recorder,
         clock: StateClock,
         version: int,
     ) -> None:
-        self._config, self._ranks, self._policy, self._link = config, ranks, policy, link
+        self._config, self._ranks, self._models, self._link = config, ranks, models, link
+        self._preparation = Preparation(config, ranks, models)
         self._announcer, self._recorder, self._clock = announcer, recorder, clock
         self._version = version
         self._num_steps = link.num_steps
@@ -78,11 +80,11 @@ class Trainer:
             taken = self._take(self._version)
             if isinstance(taken, Finished):
                 return self._end(taken)
-            update, curves = self._update(taken)
+            applied, curves = self._update(taken)
             self._version += 1
             self._clock.enter(State.PUBLISHING, f"version {self._version}")
-            self._announcer.announce(self._version, skipped=not update.applied)
-            self._record(taken, curves, skipped=not update.applied)
+            self._announcer.announce(self._version, skipped=not applied)
+            self._record(taken, curves, skipped=not applied)
 
     def _take(self, step: int) -> Taken | Finished:
         """This rank's share of the batch that all ranks agree on; asked again until they do."""
@@ -102,15 +104,10 @@ class Trainer:
                 "step %d: the ranks hold different batches, the broker was restarted in between; asking again", step
             )
 
-    def _update(self, taken: Taken) -> tuple[Update, dict[str, float]]:
-        """One optimizer step on the batch; its curves are those of all ranks together."""
+    def _update(self, taken: Taken) -> tuple[bool, dict[str, float]]:
+        """The optimizer steps of one batch: whether any was applied, and the curves of all ranks together."""
         config, share = self._config, taken.share
         self._clock.enter(State.TRAINING, f"step {share.step}, {len(share.items)} completions")
-        advantages = group_advantages(share.rewards, share.baseline_rewards, config.algorithm.scale)
-        rows = self._rows(taken, advantages)
-        totals = self._ranks.sum_across(counts(rows))
-        micro_batches = pack(rows, config.learner.micro_batch_tokens)
-        loss = GrpoLoss(config.algorithm, Totals(totals["tokens"], totals["sequences"]))
         rate = learning_rate(
             share.step,
             self._num_steps,
@@ -119,48 +116,59 @@ class Trainer:
             config.learner.warmup_steps,
             config.learner.min_learning_rate,
         )
-        update = self._policy.update(micro_batches, loss, rate)
-        self._count_skipped(update, share.step)
+        prepared = self._preparation.prepare(share)
+        updates: list[Update] = []
+        for mini_batch in prepared.mini_batches:
+            update = self._models.policy.update(mini_batch.micro_batches, self._preparation.loss(mini_batch), rate)
+            self._count_skipped(update, len(updates), mini_batch, share)
+            updates.append(update)
+        applied = any(update.applied for update in updates)
         curves = {
             **reward_curves(share),
             **token_curves(self._ranks.sum_across(batch_sums(share, config.staleness.max))),
             **self._ranks.max_across(batch_maxima(share)),
-            **averages(update.sums),
-            "policy/grad_norm": update.grad_norm,
+            **update_curves(updates),
+            **mismatch_curves(self._mismatch(prepared, updates, share.step)),
             "policy/lr": rate,
             "policy/skipped_steps": float(self._skipped),
-            "policy/micro_batches": float(update.num_micro_batches),
-            "mismatch/missing_logprobs": totals["missing_logprobs"],
+            "mismatch/missing_logprobs": prepared.missing_logprobs,
             **taken.numbers,
         }
-        return update, curves
+        self._follow(prepared, curves, applied)
+        return applied, curves
 
-    def _rows(self, taken: Taken, advantages: np.ndarray) -> list[Row]:
-        """Rows of this rank's share, with tokens older than S left out where a remainder brings them."""
-        share, bound = taken.share, self._config.staleness.max
-        left_out = []
-        for item in share.items:
-            stale = [span for span in item.completion.spans if share.step - span.version > bound]
-            mask = np.zeros(len(item.completion.tokens), np.bool_)
-            for span in stale:
-                mask[span.start : span.end] = True
-            left_out.append(mask if stale and item.group in share.remainder_groups else None)
-        rows = share_rows(share, advantages, left_out)
-        for row in rows:
-            oldest = row.versions[row.kept].min(initial=share.step)
-            assert share.step - oldest <= bound, (
-                f"step {share.step}: a token of version {oldest} is in the loss, S is {bound}"
-            )
-        return rows
+    def _mismatch(self, prepared: Prepared, updates: list[Update], step: int) -> dict[str, float]:
+        if prepared.mismatch is not None:
+            return prepared.mismatch
+        (mini_batch,), (update,) = prepared.mini_batches, updates
+        return self._preparation.mismatch(mini_batch.micro_batches, update.logprobs, step)
 
-    def _count_skipped(self, update: Update, step: int) -> None:
+    def _follow(self, prepared: Prepared, curves: dict[str, float], applied: bool) -> None:
+        """What moves with the policy, where there is a reference: the KL's coefficient, and slowly the reference."""
+        settings, models = self._config.kl, self._models
+        if models.reference is None:
+            return
+        if prepared.reward_kl is not None:
+            curves["policy/kl_reference"] = prepared.reward_kl
+        curves["policy/kl_coef"] = models.kl.value
+        models.kl.update(curves["policy/kl_reference"], int(curves["completion/count"]))
+        every = settings.reference_update_every
+        if applied and every and (self._version + 1) % every == 0:
+            models.reference.follow(models.policy, settings.reference_update_rate)
+
+    def _count_skipped(self, update: Update, number: int, mini_batch: MiniBatch, share: Share) -> None:
         self._skipped += not update.applied
         self._skipped_in_a_row = 0 if update.applied else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row:
-            log.error("step %d was skipped: loss or gradient is not finite (gradient norm %s)", step, update.grad_norm)
+        if update.applied:
+            return
+        step, size = share.step, share.rewards.shape[1]
+        log.error("update %d of step %d was skipped: loss or gradient is not finite", number, step)
+        prompts = self._ranks.max_across(prompt_numbers(share))
+        completions = [(int(prompts[str(place // size)]), place % size) for place in mini_batch.places.tolist()]
+        self._recorder.skipped_update(step, number, update.grad_norm, completions)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NumericError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient, the last was step {step}; "
+                f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a non-finite loss or gradient, the last of step {step}; "
                 "weights are unchanged since. Lower learner.learning_rate, or resume from an older checkpoint"
             )
 

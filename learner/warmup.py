@@ -67,6 +67,5 @@ def _row(example: Example) -> Row:
         completion_tokens=example.answer_tokens,
         in_loss=np.ones(length, dtype=np.bool_),
         behavior_logprobs=np.zeros(length, dtype=np.float32),
-        advantage=0.0,
         versions=np.zeros(length, dtype=np.int32),
     )

@@ -35,7 +35,7 @@ MAX_QUESTION_BYTES = 288 << 10  # of what it is asked: the largest Beat, 4096 le
 _LARGER_QUESTIONS = {Hello: (1 << 20) + (64 << 10), Publish: (4 << 20) + (64 << 10)}  # a ledger, a manifest
 MAX_CONTAINERS = 8192  # lists and maps of a question: a byte each on the wire, 56 bytes and more once unpacked
 MAX_ARRAY_BYTES = 8 << 20
-MAX_ARRAYS = 16
+MAX_ARRAYS = 20
 MAX_FRAMES = 2 + MAX_ARRAYS
 _UNPACK_LIMITS = {
     "max_str_len": 1 << 20,

@@ -20,6 +20,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+
+
+GROUP_RELATIVE = ("grpo", "rloo", "reinforce_plus_plus_baseline", "gdpo")
+"""Advantages that compare the completions of one prompt with each other."""
 
 
 class Section(BaseModel):
@@ -94,18 +100,115 @@ class StalenessConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["grpo"] = "grpo"
-    """How rewards become a gradient."""
-    scale: Literal["group", "none"] = "group"
-    """What advantages are divided by: the group's standard deviation, or nothing (Dr.GRPO)."""
+    advantage: Literal[
+        "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gdpo", "remax", "gae"
+    ] = "grpo"
+    """How rewards become advantages. gae trains a critic beside the policy (PPO)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What group-relative advantages are divided by: a standard deviation, or nothing (Dr.GRPO)."""
+    gamma: Fraction = 1.0
+    """Discount per token, of gae and reinforce_plus_plus."""
+    lam: Fraction = 1.0
+    """Lambda of gae."""
+    loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce"] = "ppo"
+    """What holds the policy near the one that sampled."""
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above 1 + clip_high."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Average of the loss over all tokens of the batch, or first within each completion."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Where the advantage is negative, the ratio counts at most this much; above 1. 0: without limit."""
+    sapo_tau_positive: PositiveFloat = 1.0
+    """Temperature of SAPO's gate where the advantage is positive."""
+    sapo_tau_negative: PositiveFloat = 1.05
+    """Temperature of SAPO's gate where the advantage is negative."""
+    dppo_bound: PositiveFloat = 0.2
+    """Divergence of a token (difference of probabilities, or binary KL) beyond which DPPO leaves it out."""
+    aggregation: Literal[
+        "token_mean",
+        "token_sum",
+        "sequence_mean_token_mean",
+        "sequence_mean_token_sum",
+        "sequence_mean_token_sum_norm",
+    ] = "token_mean"
+    """How the losses of tokens are added up; sequence_mean_token_sum_norm is Dr.GRPO's."""
+    aggregation_length: NonNegativeInt = 0
+    """What sequence_mean_token_sum_norm divides by, in tokens. 0: sampling.max_tokens."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus in the loss."""
+    top_entropy_frac: PositiveFraction = 1.0
+    """Share of the batch's tokens, those of highest entropy, that keep their policy loss. 1: all."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps of one pass over a batch: it is cut into as many mini-batches."""
+    epochs_per_batch: PositiveInt = 1
+    """Passes over a batch."""
     filter_equal_groups: bool = False
     """Drop groups whose rewards are all equal before they reach a batch, and refill it."""
+    overlong: Literal["keep", "mask", "punish"] = "keep"
+    """Completions cut off at max_tokens: train them, leave them out of the loss, or take reward off as they near it."""
+    overlong_buffer_tokens: PositiveInt = 128
+    """Over how many tokens before max_tokens the reward falls by 1, with `overlong: punish`."""
+
+
+class KlConfig(Section):
+    coef: NonNegativeFloat = 0.0
+    """Weight of the KL to the reference model. 0: there is none, and no reference model is loaded."""
+    form: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """How it is estimated per token (Schulman 2020)."""
+    straight_through: bool = False
+    """The estimate's value with the gradient of k2, which is that of the KL."""
+    with_ratio: bool = False
+    """Multiply by the importance ratio, which corrects for tokens that another policy sampled. In the loss only."""
+    place: Literal["loss", "reward"] = "loss"
+    """Part of the loss, or taken off each token's reward (k1); the latter needs gae or reinforce_plus_plus."""
+    target: NonNegativeFloat = 0.0
+    """The coefficient follows this KL per token. 0: it is fixed."""
+    horizon: PositiveInt = 10_000
+    """In so many completions the coefficient changes by at most a fifth."""
+    reference_update_every: NonNegativeInt = 0
+    """Move the reference model towards the policy after every so many steps. 0: it stays."""
+    reference_update_rate: PositiveFraction = 0.6
+    """How far."""
+
+
+class CorrectionsConfig(Section):
+    weight: Literal["none", "token", "sequence"] = "token"
+    """Importance weights of the policy that trains against the one that sampled: none, per token, or per completion."""
+    sequence_ratio: Literal["product", "geometric_mean"] = "product"
+    """What the ratio of a completion is, of those of its tokens."""
+    bound: Literal["truncate", "mask"] = "truncate"
+    """What happens to weights outside [low, high]: set to the bound, or to 0 (IcePop)."""
+    low: NonNegativeFloat = 0.0
+    """Smallest weight."""
+    high: PositiveFloat = 2.0
+    """Largest weight."""
+    negative_kl_mask: NonNegativeFloat = 0.0
+    """Leave out completions of negative advantage whose KL per token, sampling against training policy, is above this.
+
+    0: none.
+    """
+
+
+class CriticConfig(Section):
+    """The value model of `algorithm.advantage: gae`."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of its AdamW."""
+    clip: NonNegativeFloat = 0.5
+    """Values are clipped to this distance from those before the batch. 0: no clipping."""
+    loss: Literal["squared", "huber"] = "squared"
+    """Of the difference between value and return."""
+    warmup_steps: NonNegativeInt = 0
+    """First steps in which the critic learns alone."""
+
+
+class LoraConfig(Section):
+    rank: NonNegativeInt = 0
+    """Rank of the adapters that are trained instead of the weights. 0: the weights are trained."""
+    alpha: PositiveFloat = 32.0
+    """Adapters count alpha / rank."""
+    targets: str = "all-linear"
+    """Which modules get one: all-linear, or names with commas between."""
 
 
 class LearnerConfig(Section):
@@ -245,6 +348,10 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     staleness: StalenessConfig = StalenessConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    kl: KlConfig = KlConfig()
+    corrections: CorrectionsConfig = CorrectionsConfig()
+    critic: CriticConfig = CriticConfig()
+    lora: LoraConfig = LoraConfig()
     learner: LearnerConfig = LearnerConfig()
     generators: GeneratorConfig = GeneratorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -260,26 +367,57 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> Config:
-        if self.batch.group_size < 2:
-            raise ValueError(
-                f"group_size must be at least 2 for group-relative advantages, got {self.batch.group_size}; "
-                "set batch.group_size"
-            )
         for key in ("top_p", "top_k", "min_p"):
             if key in self.vllm:
                 raise ValueError(
                     f"truncated sampling (vllm.{key}) is refused for training: the learner cannot reproduce the "
                     f"truncated distribution, so every ratio would be biased; remove vllm.{key}"
                 )
+        self._algorithm_rules()
         if not self.rewards.functions:
             raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
         return self
+
+    def _algorithm_rules(self) -> None:
+        algorithm, kl, corrections = self.algorithm, self.kl, self.corrections
+        if algorithm.advantage in GROUP_RELATIVE and self.batch.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2 for group-relative advantages, got {self.batch.group_size}; "
+                "set batch.group_size"
+            )
+        compared = ("grpo", "rloo", "reinforce_plus_plus_baseline")
+        if algorithm.filter_equal_groups and algorithm.advantage not in compared:
+            raise ValueError(
+                f"groups of equal rewards have a signal for {algorithm.advantage}: filter_equal_groups would drop it; "
+                f"set algorithm.filter_equal_groups false, or algorithm.advantage to one of {', '.join(compared)}"
+            )
+        if 0 < algorithm.dual_clip <= 1:
+            raise ValueError(
+                f"dual_clip bounds the ratio from above and must be more than 1, got {algorithm.dual_clip:g}; set "
+                "algorithm.dual_clip, or 0 for no bound"
+            )
+        per_token = ("gae", "reinforce_plus_plus")
+        if kl.coef and kl.place == "reward" and algorithm.advantage not in per_token:
+            raise ValueError(
+                f"a KL in the reward is a reward of each token, which {algorithm.advantage} does not have; set "
+                f"kl.place loss, or algorithm.advantage to one of {', '.join(per_token)}"
+            )
+        if corrections.low > corrections.high:
+            raise ValueError(
+                f"importance weights are kept between corrections.low and corrections.high, got "
+                f"{corrections.low:g} and {corrections.high:g}"
+            )
 
     def steps_for(self, num_rows: int) -> int:
         """T, the training steps of a run over so many rows."""
         if self.run.steps:
             return self.run.steps
         return -(-int(self.run.epochs * num_rows) // self.batch.prompts)
+
+    @property
+    def samples_per_lease(self) -> int:
+        """Completions that are made of one training prompt: G, and with remax a greedy one, the last, as baseline."""
+        return self.batch.group_size + (self.algorithm.advantage == "remax")
 
     def evaluation_params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.evaluation.max_tokens or self.sampling.max_tokens, temperature=0.0)

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_NAME = 128
 MAX_TEXT = 4096
@@ -48,6 +48,7 @@ class ArrayField:
 I32 = Annotated[NDArray[np.int32], ArrayField("int32")]
 F32 = Annotated[NDArray[np.float32], ArrayField("float32")]
 F32Table = Annotated[NDArray[np.float32], ArrayField("float32", ndim=2)]
+F32Cube = Annotated[NDArray[np.float32], ArrayField("float32", ndim=3)]
 U8 = Annotated[NDArray[np.uint8], ArrayField("uint8")]
 BOOL = Annotated[NDArray[np.bool_], ArrayField("bool")]
 
@@ -363,6 +364,10 @@ class SharePage(Message):
     """Page 0."""
     remainder_groups: I32
     """Page 0."""
+    function_rewards: F32Cube
+    """Page 0, of gdpo."""
+    greedy_rewards: F32
+    """Page 0, of remax."""
     ledger: Annotated[bytes, Field(max_length=1 << 20)] = b""
     """Page 0 of rank 0: the ledger as of this batch's cut."""
     numbers: dict[str, float] = {}

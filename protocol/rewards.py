@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from protocol.config import RewardsConfig
+    from protocol.config import Config, RewardsConfig
 
 BUILT_IN = ("gsm8k", "gsm8k_flexible")
+OVERLONG = "overlong"  # what results and curves call the punishment of completions near max_tokens
 
 
 def check_rewards(uses: Sequence[str]) -> None:
@@ -41,6 +42,12 @@ def shown_name(use: str) -> str:
     """What results and curves call it: the built-in's name, or the file's name without its folder."""
     file, _, name = use.partition(":")
     return f"{Path(file).stem}:{name}" if is_file(use) else use
+
+
+def weighted_functions(config: Config) -> list[tuple[str, float]]:
+    """What a reward is the sum of, each by its shown name with its weight."""
+    functions = [(shown_name(function.use), function.weight) for function in config.rewards.functions]
+    return [*functions, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else functions
 
 
 def reward_digest(uses: Sequence[str]) -> str:

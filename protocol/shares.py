@@ -57,6 +57,8 @@ def join_pages(pages: Sequence[SharePage], epoch: int, rank: int, num_ranks: int
         first.baseline_rewards,
         items,
         frozenset(first.remainder_groups.tolist()),
+        first.function_rewards,
+        first.greedy_rewards,
     )
 
 
@@ -85,6 +87,8 @@ def _page(share: Share, items: list[ShareItem], number: int, num_pages: int) -> 
         rewards=share.rewards if tables else empty,
         baseline_rewards=share.baseline_rewards if tables else empty,
         remainder_groups=_ints(sorted(share.remainder_groups) if tables else ()),
+        function_rewards=share.function_rewards if tables else np.zeros((0, 0, 0), np.float32),
+        greedy_rewards=share.greedy_rewards if tables else np.zeros(0, np.float32),
     )
 
 
@@ -130,6 +134,10 @@ def _check_places(items: Sequence[ShareItem], first: SharePage) -> None:
     """Raise ValueError unless every completion has a place in the reward table."""
     if first.baseline_rewards.shape != first.rewards.shape:
         raise ValueError(f"reward tables of {first.rewards.shape} and {first.baseline_rewards.shape}")
+    if len(first.function_rewards) and first.function_rewards.shape[1:] != first.rewards.shape:
+        raise ValueError(f"reward tables of {first.rewards.shape} and, by function, {first.function_rewards.shape}")
+    if len(first.greedy_rewards) not in (0, len(first.rewards)):
+        raise ValueError(f"{len(first.greedy_rewards)} greedy rewards of {len(first.rewards)} groups")
     rows, columns = first.rewards.shape
     for item in items:
         if not (0 <= item.group < rows and 0 <= item.sample < columns):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
+from learner.aggregation import Aggregation, Totals
 from learner.batches import Row, counts, pack
-from learner.losses import GrpoLoss, Totals
+from learner.losses import PolicyLoss
 from learner.policy import Policy, Update
 from learner.ranks import Ranks
-from protocol.config import AlgorithmConfig, Config, LearnerConfig, WarmupConfig
+from protocol.config import AlgorithmConfig, Config, KlConfig, LearnerConfig, WarmupConfig
 from protocol.examples import Example
 from tests.models import make_tiny_qwen2
 from tests.rows import VOCAB, random_rows
@@ -62,21 +65,47 @@ def logprobs_one_by_one(lm: Qwen2ForCausalLM, row: Row, temperature: float) -> t
 
 
 def padded_gradient(path: str, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient in plain torch: one padded batch with an attention mask, whole logits, a loss written anew."""
+    """Loss and gradient of `slow_loss`, averaged over tokens."""
+    return padded_rows_gradient(path, [(row, 0.0) for row in rows], lambda logprobs, row, _: slow_loss(logprobs, row))
+
+
+def padded_rows_gradient(
+    path: str, rows: list[tuple[Row, float]], loss_of_row: Callable[[torch.Tensor, Row, float], torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient in plain torch: one padded batch with an attention mask, whole logits, a loss written anew.
+
+    `loss_of_row`: (log-probabilities of the row's kept tokens, row, its number) -> losses of these tokens.
+    """
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    sequences = [torch.tensor([*row.prompt_tokens.tolist(), *row.completion_tokens.tolist()]) for row in rows]
+    sequences = [torch.tensor([*row.prompt_tokens.tolist(), *row.completion_tokens.tolist()]) for row, _ in rows]
     ids = pad_sequence(sequences, batch_first=True)
     mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
     logprobs = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
     losses = []
-    for row, sequence, of_row in zip(rows, sequences, logprobs, strict=True):
+    for (row, number), sequence, of_row in zip(rows, sequences, logprobs, strict=True):
         predicted_at = len(row.prompt_tokens) - 1 + torch.from_numpy(row.kept)
-        chosen = of_row[predicted_at, sequence[predicted_at + 1]]
-        ratio = (chosen - torch.from_numpy(row.behavior_logprobs[row.kept])).exp()
-        losses.append(-torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage))
+        losses.append(loss_of_row(of_row[predicted_at, sequence[predicted_at + 1]], row, number))
     loss = torch.cat(losses).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+
+
+def slow_loss(logprobs: torch.Tensor, row: Row) -> torch.Tensor:
+    """The default loss of a row's kept tokens, written anew; ratios are those to its proximal log-probabilities."""
+    assert row.proximal_logprobs is not None
+    assert row.advantages is not None
+    assert row.corrections is not None
+    columns = (row.proximal_logprobs, row.advantages, row.corrections)
+    proximal, advantages, weights = (torch.from_numpy(column[row.kept]) for column in columns)
+    ratio = (logprobs - proximal).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * weights
+
+
+def loss_of(settings: AlgorithmConfig, rows: list[Row], ranks: Ranks) -> PolicyLoss:
+    """The policy loss of the batch that all ranks' rows make."""
+    totals = ranks.sum_across(counts(rows))
+    aggregation = Aggregation(settings, 30, Totals(totals["tokens"], totals["sequences"]))
+    return PolicyLoss(settings, KlConfig(), 0.0, aggregation)
 
 
 def sampled_batch(path: str) -> list[Row]:
@@ -109,7 +138,7 @@ def sampled_steps(path: str, temperature: float = 1.0) -> list[list[Row]]:
         for row in rows:
             row.behavior_logprobs[row.kept] = logprobs_one_by_one(lm, row, temperature).numpy()
             row.behavior_logprobs[row.kept] += rng.normal(0.0, 0.2, len(row.kept)).astype(np.float32)
-        steps.append(rows)
+        steps.append([replace(row, proximal_logprobs=row.behavior_logprobs) for row in rows])
     return steps
 
 
@@ -123,9 +152,7 @@ def train_step(
 ) -> Update:
     """One update on `rows`, of which every rank takes its share, as the trainer does it."""
     mine = rows[ranks.rank :: ranks.num_ranks]
-    totals = ranks.sum_across(counts(mine))
-    settings = AlgorithmConfig.model_validate({"aggregation": aggregation})
-    loss = GrpoLoss(settings, Totals(totals["tokens"], totals["sequences"]))
+    loss = loss_of(AlgorithmConfig.model_validate({"aggregation": aggregation}), mine, ranks)
     return policy.update(pack(mine, budget_tokens), loss, learning_rate)
 
 

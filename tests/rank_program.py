@@ -50,6 +50,12 @@ def gradients(folder: Path, ranks: Any) -> dict[str, Any]:
     return {"gradients": updates}
 
 
+def prepared(folder: Path, ranks: Any) -> dict[str, Any]:
+    from tests.prepared import prepared
+
+    return {"prepared": prepared(str(folder / "untied"), ranks)}
+
+
 def served(folder: Path, ranks: Any) -> dict[str, Any]:
     from tests.watched_rank import train_watched
 
@@ -165,7 +171,7 @@ def waiting_for_a_rank_that_does_not_come(ranks: Any) -> str:
     return "nobody was missed"
 
 
-PARTS = {"gradients": gradients, "served": served, "bereaved": bereaved, "alone": alone}
+PARTS = {"gradients": gradients, "prepared": prepared, "served": served, "bereaved": bereaved, "alone": alone}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])

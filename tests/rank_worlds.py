@@ -186,7 +186,7 @@ def world_of_two(folder: Path) -> World:
     served, bereaved = folder / "served", folder / "bereaved"
     served_config, config = served_run(served, model, zero=2), bereaved_run(bereaved, model)
     with ExitStack() as stack:
-        world = stack.enter_context(RankProcesses(folder, 2, "gradients", "served", "bereaved"))
+        world = stack.enter_context(RankProcesses(folder, 2, "gradients", "prepared", "served", "bereaved"))
         stack.enter_context(serving_run(served, served_config))
         stack.enter_context(pytest.MonkeyPatch.context()).setattr("protocol.channel.REPEAT_S", DEATH_REPEAT_S)
         stack.enter_context(dying_broker(bereaved))

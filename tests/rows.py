@@ -10,7 +10,7 @@ VOCAB = 200
 
 
 def random_rows(seed: int, number: int) -> list[Row]:
-    """Rows of unlike lengths, with tools' tokens and missing log-probabilities among them."""
+    """Rows of unlike lengths, with tools' tokens, missing log-probabilities and corrections of 0 among them."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(number):
@@ -23,8 +23,10 @@ def random_rows(seed: int, number: int) -> list[Row]:
                 completion_tokens=rng.integers(2, VOCAB, length).astype(np.int32),
                 in_loss=rng.random(length) < 0.9,
                 behavior_logprobs=behavior,
-                advantage=float(rng.normal()),
                 versions=np.zeros(length, dtype=np.int32),
+                advantages=np.full(length, rng.normal(), dtype=np.float32),
+                proximal_logprobs=behavior,
+                corrections=np.where(rng.random(length) < 0.1, 0.0, rng.uniform(0.5, 2.0, length)).astype(np.float32),
             )
         )
     return rows

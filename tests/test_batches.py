@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.batches import MicroBatch, Row, counts, empty_micro_batch, pack, share_rows, token_versions
+from learner.batches import MicroBatch, Row, counts, empty_micro_batch, pack, share_rows, spread, token_versions
 from protocol.types import Completion, FinishReason, Share, ShareItem, VersionSpan
 from tests.rows import random_rows
 
@@ -24,20 +24,23 @@ def row(prompt: list[int], completion: list[int], **changes: object) -> Row:
         completion_tokens=np.array(completion, dtype=np.int32),
         in_loss=np.ones(length, dtype=np.bool_),
         behavior_logprobs=np.arange(length, dtype=np.float32),
-        advantage=2.0,
         versions=np.zeros(length, dtype=np.int32),
+        advantages=np.full(length, 2.0, dtype=np.float32),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def test_two_sequences_share_a_row_with_positions_that_start_again() -> None:
-    (batch,) = pack([row([5, 6], [7, 8, 9]), row([1], [2, 3], advantage=-1.0)], 100)
+    (batch,) = pack(
+        [row([5, 6], [7, 8, 9]), row([1], [2, 3], advantages=np.array([-1.0, -1.5], dtype=np.float32))], 100
+    )
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2]]  # last tokens are targets only
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch.cuts == (0, 4, 6)
     assert batch.positions.tolist() == [1, 2, 3, 4, 5]
     assert batch.targets.tolist() == [7, 8, 9, 2, 3]
-    assert batch.advantages.tolist() == [2.0, 2.0, 2.0, -1.0, -1.0]
+    assert batch.advantages.tolist() == [2.0, 2.0, 2.0, -1.0, -1.5]
+    assert (batch.rows, batch.num_sequences, batch.sequence_ids.tolist()) == ((0, 1), 2, [0, 0, 0, 1, 1])
     assert batch.sequence_lengths.tolist() == [3.0, 3.0, 3.0, 2.0, 2.0]
     assert batch.behavior_logprobs.tolist() == [0.0, 1.0, 2.0, 0.0, 1.0]
 
@@ -88,7 +91,7 @@ def wanted_contents(rows: list[Row]) -> list[Seen]:
         tokens = [*one.prompt_tokens.tolist(), *one.completion_tokens.tolist()]
         for place in one.kept.tolist():
             end = len(one.prompt_tokens) + place
-            numbers = (float(one.behavior_logprobs[place]), float(np.float32(one.advantage)), int(one.versions[place]))
+            numbers = (float(one.behavior_logprobs[place]), float(one.advantages[place]), int(one.versions[place]))
             seen.append((tuple(tokens[:end]), tokens[end], *numbers, float(len(one.kept))))
     return sorted(seen)
 
@@ -107,6 +110,23 @@ def test_packing_depends_on_the_rows_alone() -> None:
     first, second = pack(random_rows(7, 15), 64), pack(random_rows(7, 15), 64)
     assert len(first) > 1
     assert [batch.input_ids.tolist() for batch in first] == [batch.input_ids.tolist() for batch in second]
+
+
+@given(st.integers(0, 10_000), st.integers(0, 12), st.integers(1, 200))
+def test_what_is_computed_of_packed_tokens_comes_back_to_its_row(seed: int, number: int, budget: int) -> None:
+    rows = random_rows(seed, number)
+    batches = pack(rows, budget)
+    columns = spread(rows, batches, [batch.behavior_logprobs.numpy() for batch in batches])
+    for one, column in zip(rows, columns, strict=True):
+        wanted = np.where(one.kept_mask, one.behavior_logprobs, np.nan)
+        np.testing.assert_array_equal(column, wanted)
+
+
+def test_what_nobody_computed_is_no_number_and_a_missing_correction_is_1() -> None:
+    (batch,) = pack([row([5], [6, 7], advantages=None)], 100)
+    assert batch.corrections.tolist() == [1.0, 1.0]
+    for name in ("proximal_logprobs", "reference_logprobs", "advantages", "values", "returns"):
+        assert getattr(batch, name).isnan().all(), name
 
 
 def test_an_empty_micro_batch_has_one_input_and_no_target() -> None:
@@ -140,15 +160,14 @@ def share() -> Share:
     return Share(1, 4, b"0" * 16, 0, 1, 4, rewards, rewards, items)
 
 
-def test_a_share_becomes_rows_with_the_advantage_of_its_place_in_the_table() -> None:
-    first, second = share_rows(share(), np.array([[0.5, -0.5]], dtype=np.float32))
-    assert (first.advantage, second.advantage) == (0.5, -0.5)
+def test_a_share_becomes_rows_that_know_their_place_in_the_table() -> None:
+    first, second = share_rows(share(), [None, None])
+    assert (first.place, second.place) == (0, 1)
     assert first.versions.tolist() == [2, 4, 4] == token_versions(share().items[0].completion).tolist()
     assert second.in_loss.tolist() == [False, True]
 
 
 def test_tokens_that_the_caller_leaves_out_are_in_no_total() -> None:
-    advantages = np.array([[0.5, -0.5]], dtype=np.float32)
-    rows = share_rows(share(), advantages, [token_versions(share().items[0].completion) < 3, None])
+    rows = share_rows(share(), [token_versions(share().items[0].completion) < 3, None])
     assert counts(rows) == {"tokens": 3.0, "sequences": 2.0, "missing_logprobs": 0.0}
     assert rows[0].kept.tolist() == [1, 2]

@@ -101,7 +101,14 @@ def test_what_a_tool_said_needs_no_log_probabilities_but_the_rest_does() -> None
     assert refusal(has_observed=True, observed=observed, behavior_logprobs=tool) == ""
     own = logprobs(np.nan, np.nan, np.nan, -1.0)
     said = refusal(has_observed=True, observed=observed, behavior_logprobs=own)
-    assert said == "3 of 4 log-probabilities are missing"
+    assert said == "1 of 2 log-probabilities are missing"
+
+
+def test_what_a_tool_said_does_not_excuse_what_is_missing_of_the_rest() -> None:
+    values, observed = np.full(200, -1.0, np.float32), np.ones(200, np.bool_)
+    observed[:40], values[:2] = False, np.nan
+    said = refusal(length=200, has_observed=True, observed=observed, behavior_logprobs=values)
+    assert said == "2 of 40 log-probabilities are missing"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_message_of_another_protocol_version_is_refused_with_words() -> None:
     frames = frames_of(Pull(version=0, digest="", room=1))
     other = bytearray(frames[0])
     other[4] = 99
-    with pytest.raises(ProtocolError, match="protocol 99 was sent, 2 is spoken here"):
+    with pytest.raises(ProtocolError, match="protocol 99 was sent, 3 is spoken here"):
         decode([bytes(other), *frames[1:]])
 
 

@@ -211,3 +211,16 @@ def test_four_batches_of_filtered_groups_in_a_row_end_the_run() -> None:
     assert scheduler.verdict == "", "7 of 8 in a row: one was kept before"
     finish(scheduler, grants(scheduler, room=2)[0], equal=True)
     assert scheduler.verdict == "no signal: 8 groups in a row were filtered, the last one: equal_rewards"
+
+
+def test_rewards_that_only_float64_tells_apart_are_no_signal() -> None:
+    """What the learner computes advantages from is float32."""
+    scheduler = fresh(filter_equal_rewards=True)
+    sums, apart = grants(scheduler)[:2]
+    for grant, rewards in ((sums, (0.1 + 0.2, 0.3)), (apart, (0.3, 0.3001))):
+        for sample, reward in enumerate(rewards):
+            scheduler.finished(answer(grant, sample, reward), 0.0)
+    assert 0.1 + 0.2 != 0.3
+    assert scheduler.ledger.counts()["filtered"] == 1
+    open_prompts = {lease.grant.prompt for lease in scheduler.leases.open.values()}
+    assert (sums.prompt in open_prompts, apart.prompt in open_prompts) == (False, True)

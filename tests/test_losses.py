@@ -1,122 +1,292 @@
-"""The clipped-ratio loss, its gradient and its sums against scalar derivations, on both sides of each clip."""
+"""The policy's loss over whole batches against loops over tokens: what is multiplied, added up and counted, and how."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import pstdev
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from learner.batches import counts, empty_micro_batch, pack
-from learner.losses import GrpoLoss, SupervisedLoss, Totals, averages, clipped_ratio_loss, token_weights
-from protocol.config import AlgorithmConfig
+from learner.aggregation import Aggregation, Totals
+from learner.batches import MicroBatch, Row, counts, empty_micro_batch, pack
+from learner.losses import PolicyLoss, SupervisedLoss, policy_curves
+from protocol.config import AlgorithmConfig, KlConfig
 from tests.rows import random_rows
+from tests.slow_losses import (
+    BOUND,
+    DUAL,
+    HIGH,
+    LOW,
+    TAU_NEGATIVE,
+    TAU_POSITIVE,
+    Slow,
+    slow_binary_kl,
+    slow_cispo,
+    slow_clip,
+    slow_dppo,
+    slow_reinforce,
+    slow_sapo,
+)
 
-LOW, HIGH = 0.2, 0.3
-# log ratios: below, inside and above the clip, on policy, and beyond the clamp on both sides
-LOG_RATIOS = [-25.0, -1.0, math.log(0.79), math.log(0.81), 0.0, math.log(1.29), math.log(1.31), 1.0, 25.0]
-
-
-def slow_loss(log_ratio: float, advantage: float) -> float:
-    ratio = math.exp(max(-20.0, min(20.0, log_ratio)))
-    clipped = max(1.0 - LOW, min(1.0 + HIGH, ratio))
-    return max(-advantage * ratio, -advantage * clipped)
-
-
-def slow_gradient(log_ratio: float, advantage: float) -> float:
-    """d loss / d logprob, from the cases: no gradient where the clipped term is the larger one, or the clamp holds."""
-    ratio = math.exp(log_ratio)
-    gone = (advantage > 0 and ratio > 1.0 + HIGH) or (advantage < 0 and ratio < 1.0 - LOW) or abs(log_ratio) > 20.0
-    return 0.0 if gone else -advantage * ratio
-
-
-@pytest.mark.parametrize("advantage", [1.5, -0.7, 0.0])
-@pytest.mark.parametrize("log_ratio", LOG_RATIOS)
-def test_loss_and_gradient_equal_a_scalar_derivation(log_ratio: float, advantage: float) -> None:
-    logprob = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
-    behavior = torch.tensor([-3.0 - log_ratio], dtype=torch.float64)
-    weight = torch.tensor([0.25], dtype=torch.float64)
-    advantages = torch.tensor([advantage], dtype=torch.float64)
-    loss, _ = clipped_ratio_loss(logprob, torch.zeros(1), behavior, advantages, weight, LOW, HIGH)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.25 * slow_loss(log_ratio, advantage), rel=1e-12)
-    assert logprob.grad is not None
-    assert logprob.grad.item() == pytest.approx(0.25 * slow_gradient(log_ratio, advantage), rel=1e-12)
+MAX_TOKENS = 32
+FAMILIES = ["ppo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce"]
+MODES = ["token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm"]
+OFF = KlConfig()
 
 
-def test_the_sums_count_what_the_curves_say() -> None:
-    log_ratios = torch.tensor([0.0, 1.0, 1.0, -1.0, -1.0, 0.1], dtype=torch.float64)
-    advantages = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
-    entropies = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
-    loss, sums = clipped_ratio_loss(
-        log_ratios - 3.0,
-        entropies,
-        torch.full((6,), -3.0, dtype=torch.float64),
-        advantages,
-        torch.full((6,), 1 / 6),
-        LOW,
-        HIGH,
-    )
-    curves = averages({name: value.item() for name, value in sums.items()} | {"loss": loss.item()})
-    ratios = [math.exp(x) for x in log_ratios.tolist()]
-    assert curves["policy/clip_frac_high"] == pytest.approx(1 / 6)  # the second: ratio above, advantage above zero
-    assert curves["policy/clip_frac_low"] == pytest.approx(1 / 6)  # the fifth: ratio below, advantage below zero
-    assert curves["policy/kl"] == pytest.approx(-0.1 / 6)
-    assert curves["policy/entropy"] == pytest.approx(10.5 / 6)
-    assert curves["mismatch/kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 6)
-    assert curves["mismatch/ratio_mean"] == pytest.approx(sum(ratios) / 6)
-    assert curves["mismatch/ess"] == pytest.approx(sum(ratios) ** 2 / (6 * sum(r * r for r in ratios)))
-    assert curves["policy/loss"] == loss.item()
+def algorithm(**settings: Any) -> AlgorithmConfig:
+    bounds = {
+        "clip_low": LOW,
+        "clip_high": HIGH,
+        "dual_clip": DUAL,
+        "dppo_bound": BOUND,
+        "sapo_tau_positive": TAU_POSITIVE,
+        "sapo_tau_negative": TAU_NEGATIVE,
+    }
+    return AlgorithmConfig.model_validate(bounds | settings)
 
 
-def test_equal_policies_have_no_mismatch() -> None:
-    logprobs = torch.tensor([-1.0, -2.0])
-    _, sums = clipped_ratio_loss(logprobs, torch.zeros(2), logprobs, torch.ones(2), torch.ones(2), LOW, HIGH)
-    curves = averages({name: value.item() for name, value in sums.items()} | {"loss": 0.0})
-    assert (curves["mismatch/kl"], curves["policy/kl"]) == (0.0, 0.0)
-    assert (curves["mismatch/ratio_mean"], curves["mismatch/ess"]) == (1.0, 1.0)
+def rows_of_a_batch(seed: int, number: int) -> list[Row]:
+    """Rows with all that a policy loss reads. The current log-probabilities and the entropies stand in the columns that
+    only a critic has: `values` and `returns`.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for row in random_rows(seed, number):
+        size = len(row.completion_tokens)
+        probability = rng.uniform(0.05, 0.95, size)
+        drift = rng.choice([0.6, 1.0, 1.6])  # of the whole sequence
+        current = np.clip(drift * probability + rng.normal(0.0, 0.15, size), 0.01, 0.99)
+        columns = {
+            "behavior_logprobs": np.log(np.clip(probability + rng.normal(0.0, 0.2, size), 0.01, 0.99)),
+            "proximal_logprobs": np.log(probability),
+            "values": np.log(current),
+            "reference_logprobs": np.log(current) + rng.normal(0.0, 0.3, size),
+            "returns": rng.uniform(0.0, 3.0, size),
+            "corrections": rng.choice([0.0, 0.5, 1.0, 2.0], size),
+        }
+        columns["behavior_logprobs"] = np.where(np.isnan(row.behavior_logprobs), np.nan, columns["behavior_logprobs"])
+        rows.append(replace(row, **{name: column.astype(np.float32) for name, column in columns.items()}))
+    return rows
 
 
-def test_weights_mean_over_tokens_or_first_within_each_sequence() -> None:
-    lengths = torch.tensor([1.0, 3.0, 3.0, 3.0])
-    assert token_weights(lengths, "token_mean", Totals(4, 2)).tolist() == [0.25] * 4
-    torch.testing.assert_close(
-        token_weights(lengths, "sequence_mean", Totals(4, 2)), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6])
-    )
+def in_double(batch: MicroBatch) -> MicroBatch:
+    floats = {
+        name: value.double() for name, value in vars(batch).items() if getattr(value, "is_floating_point", bool)()
+    }
+    return replace(batch, **floats)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_cutting_a_batch_into_micro_batches_changes_neither_loss_nor_gradient(aggregation: str, budget: int) -> None:
-    rows = random_rows(3, 20)
+def totals(rows: Sequence[Row]) -> Totals:
     total = counts(rows)
-    settings = AlgorithmConfig.model_validate({"aggregation": aggregation})
-    loss = GrpoLoss(settings, Totals(total["tokens"], total["sequences"]))
-    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    parts = [
-        loss(-5.0 + shift + batch.targets / 100.0, torch.zeros(len(batch.targets)), batch)[0]
-        for batch in [*pack(rows, budget), empty_micro_batch()]
-    ]
-    whole = torch.stack(parts).sum()
-    whole.backward()
+    return Totals(total["tokens"], total["sequences"])
 
-    wanted = gradient = 0.0
-    for row in rows:
+
+Place = tuple[int, int]  # row, token of its completion
+
+
+class Outcome:
+    """What a loss gave for a batch, cut under a token budget: loss, sums, and gradients by place."""
+
+    def __init__(self, loss: PolicyLoss, rows: Sequence[Row], budget: int) -> None:
+        self.loss = 0.0
+        self.sums: dict[str, float] = {}
+        self.gradients: dict[Place, float] = {}
+        self.entropy_gradients: dict[Place, float] = {}
+        for batch in map(in_double, [*pack(rows, budget), empty_micro_batch()]):
+            self._add(loss, rows, batch)
+
+    def _add(self, loss: PolicyLoss, rows: Sequence[Row], batch: MicroBatch) -> None:
+        logprobs, entropies = batch.values.clone().requires_grad_(), batch.returns.clone().requires_grad_()
+        part, sums = loss(logprobs, entropies, batch)
+        (part + 0.0 * entropies.sum()).backward()
+        self.loss += part.item()
+        self.sums = {name: self.sums.get(name, 0.0) + value.item() for name, value in sums.items()}
+        places = [(index, int(place)) for index in batch.rows for place in rows[index].kept]
+        assert logprobs.grad is not None
+        assert entropies.grad is not None
+        self.gradients |= dict(zip(places, logprobs.grad.tolist(), strict=True))
+        self.entropy_gradients |= dict(zip(places, entropies.grad.tolist(), strict=True))
+
+
+def slow_token(family: str, row: Row, place: int) -> tuple[Slow, float]:
+    """(loss of one token before its correction, the factor its correction is)."""
+    assert row.values is not None
+    assert row.proximal_logprobs is not None
+    assert row.advantages is not None
+    assert row.corrections is not None
+    now, advantage, factor = float(row.values[place]), float(row.advantages[place]), float(row.corrections[place])
+    log_ratio = now - float(row.proximal_logprobs[place])
+    if family in ("dppo_tv", "dppo_kl"):
+        before, after = math.exp(float(row.behavior_logprobs[place])), math.exp(now)
+        divergence = abs(after - before) if family == "dppo_tv" else slow_binary_kl(before, after)
+        return slow_dppo(before, after, advantage, divergence), float(factor != 0)
+    if family == "gspo":
+        log_ratio = sum(float(row.values[i]) - float(row.proximal_logprobs[i]) for i in row.kept) / len(row.kept)
+        return slow_clip(log_ratio, advantage, DUAL, 10.0), factor
+    if family == "ppo":
+        return slow_clip(log_ratio, advantage, DUAL, 20.0, -20.0), factor
+    if family == "cispo":
+        return slow_cispo(now, log_ratio, advantage), factor
+    if family == "sapo":
+        return slow_sapo(log_ratio, advantage), factor
+    return slow_reinforce(now, advantage), factor
+
+
+def slow_weight(mode: str, row: Row, total: Totals) -> float:
+    return {
+        "token_mean": 1 / total.tokens,
+        "token_sum": 1.0,
+        "sequence_mean_token_mean": 1 / len(row.kept) / total.sequences,
+        "sequence_mean_token_sum": 1 / total.sequences,
+        "sequence_mean_token_sum_norm": 1 / MAX_TOKENS / total.sequences,
+    }[mode]
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"), [*((family, "token_mean") for family in FAMILIES), *(("ppo", mode) for mode in MODES)]
+)
+def test_loss_gradient_and_clip_counts_equal_loops_over_tokens_however_the_batch_is_cut(family: str, mode: str) -> None:
+    rows = rows_of_a_batch(8, 16)
+    total = totals(rows)
+    settings = algorithm(loss=family, aggregation=mode)
+    loss = PolicyLoss(settings, OFF, 0.0, Aggregation(settings, MAX_TOKENS, total))
+    wanted, gradients, low, high, dual = 0.0, dict[Place, float](), 0, 0, 0
+    for index, row in enumerate(rows):
         for place in row.kept:
-            weight = 1 / total["tokens"] if aggregation == "token_mean" else 1 / (len(row.kept) * total["sequences"])
-            ratio = math.exp(-5.0 + row.completion_tokens[place] / 100.0 - row.behavior_logprobs[place])
-            clipped = max(0.8, min(1.2, ratio))
-            terms = (-row.advantage * ratio, -row.advantage * clipped)
-            wanted += weight * max(terms)
-            gradient += weight * terms[0] if terms[0] > terms[1] or clipped == ratio else 0.0
-    assert whole.item() == pytest.approx(wanted, rel=1e-5)
-    assert shift.grad is not None
-    assert shift.grad.item() == pytest.approx(gradient, rel=1e-5)
+            token, factor = slow_token(family, row, place)
+            weight = factor * slow_weight(mode, row, total)
+            wanted += weight * token.loss
+            gradients[index, int(place)] = weight * token.gradient
+            low, high, dual = low + token.low, high + token.high, dual + token.dual
+    for budget in (1, 40, 10_000):
+        got = Outcome(loss, rows, budget)
+        assert got.loss == pytest.approx(wanted, rel=1e-9)
+        assert got.gradients == pytest.approx(gradients, rel=1e-9, abs=1e-15)
+        assert (got.sums["clipped_low"], got.sums["clipped_high"], got.sums["clipped_dual"]) == (low, high, dual)
+        assert got.sums["tokens"] == total.tokens
+    assert (low > 0 and high > 0) or family in ("sapo", "reinforce")
+    assert dual > 0 or family != "ppo"
 
 
-def test_a_rank_without_a_token_adds_nothing_and_no_nan() -> None:
+@pytest.mark.parametrize("family", ["ppo", "gspo"])
+def test_ranks_with_unlike_shares_add_up_to_the_loss_of_one(family: str) -> None:
+    rows = rows_of_a_batch(4, 15)
+    settings = algorithm(loss=family, aggregation="sequence_mean_token_mean")
+    loss = PolicyLoss(settings, OFF, 0.0, Aggregation(settings, MAX_TOKENS, totals(rows)))
+    one = Outcome(loss, rows, 100)
+    ranks = [Outcome(loss, part, 60) for part in (rows[:3], rows[3:14], rows[14:], [])]
+    assert sum(rank.loss for rank in ranks) == pytest.approx(one.loss, rel=1e-9)
+    assert sum(rank.sums["clipped_low"] for rank in ranks) == one.sums["clipped_low"]
+    joined = {(first + row, place): g for first, rank in zip((0, 3, 14), ranks, strict=False)
+              for (row, place), g in rank.gradients.items()}  # fmt: skip
+    assert joined == pytest.approx(one.gradients, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("with_ratio", [False, True])
+def test_the_kl_to_the_reference_is_added_whatever_the_corrections_leave_out(with_ratio: bool) -> None:
+    """k3 = exp(-d) + d - 1, times the ratio to the policy that sampled; the coefficient is that of now."""
+    rows = rows_of_a_batch(5, 8)
+    total = totals(rows)
+    settings = algorithm(aggregation="sequence_mean_token_sum")
+    aggregation = Aggregation(settings, MAX_TOKENS, total)
+    kl = KlConfig(coef=0.1, form="k3", with_ratio=with_ratio)
+    without = Outcome(PolicyLoss(settings, OFF, 0.0, aggregation), rows, 60)
+    got = Outcome(PolicyLoss(settings, kl, 0.03, aggregation), rows, 60)
+    penalty_sum, left_out = 0.0, 0
+    for index, row in enumerate(rows):
+        assert row.values is not None
+        assert row.reference_logprobs is not None
+        assert row.corrections is not None
+        for place in row.kept:
+            now = float(row.values[place])
+            d = now - float(row.reference_logprobs[place])
+            k3, slope = math.exp(-d) + d - 1, 1 - math.exp(-d)
+            ratio = math.exp(now - float(row.behavior_logprobs[place])) if with_ratio else 1.0
+            gradient = ratio * slope + (ratio * k3 if with_ratio else 0.0)
+            difference = got.gradients[index, int(place)] - without.gradients[index, int(place)]
+            assert difference == pytest.approx(0.03 / total.sequences * gradient, rel=1e-9, abs=1e-12)
+            penalty_sum += ratio * k3
+            left_out += row.corrections[place] == 0
+    assert left_out
+    assert got.loss - without.loss == pytest.approx(0.03 / total.sequences * penalty_sum, rel=1e-9)
+    assert policy_curves(got.sums | {"loss": 0.0})["policy/kl_reference"] == pytest.approx(penalty_sum / total.tokens)
+
+
+def test_a_kl_in_the_reward_and_a_coefficient_of_0_leave_the_loss_alone() -> None:
+    """And read no reference log-probability: without a reference model there is none."""
+    rows = [replace(row, reference_logprobs=None) for row in rows_of_a_batch(5, 8)]
+    settings = algorithm()
+    aggregation = Aggregation(settings, MAX_TOKENS, totals(rows))
+    wanted = Outcome(PolicyLoss(settings, OFF, 0.0, aggregation), rows, 60)
+    in_reward = Outcome(PolicyLoss(settings, KlConfig(coef=0.1, place="reward"), 0.1, aggregation), rows, 60)
+    assert math.isfinite(wanted.loss)
+    assert (in_reward.loss, in_reward.gradients, in_reward.sums) == (wanted.loss, wanted.gradients, wanted.sums)
+    assert "policy/kl_reference" not in policy_curves(wanted.sums | {"loss": 0.0})
+
+
+def test_the_entropy_bonus_is_taken_off_with_a_gradient_and_with_the_weights_of_the_loss() -> None:
+    rows = rows_of_a_batch(6, 8)
+    total = totals(rows)
+    off = algorithm(aggregation="sequence_mean_token_mean")
+    on = off.model_copy(update={"entropy_coef": 0.01})
+    aggregation = Aggregation(off, MAX_TOKENS, total)
+    without = Outcome(PolicyLoss(off, OFF, 0.0, aggregation), rows, 60)
+    got = Outcome(PolicyLoss(on, OFF, 0.0, aggregation), rows, 60)
+    bonus = 0.0
+    for index, row in enumerate(rows):
+        assert row.returns is not None
+        for place in row.kept:
+            weight = 0.01 / len(row.kept) / total.sequences
+            bonus += weight * float(row.returns[place])
+            assert got.entropy_gradients[index, int(place)] == pytest.approx(-weight, rel=1e-9)
+    assert got.loss - without.loss == pytest.approx(-bonus, rel=1e-9)
+    assert got.gradients == without.gradients
+    assert set(without.entropy_gradients.values()) == {0.0}
+
+
+def test_the_curves_say_how_far_the_current_policy_is_from_the_proximal_one() -> None:
+    rows = rows_of_a_batch(7, 10)
+    settings = algorithm()
+    got = Outcome(PolicyLoss(settings, OFF, 0.0, Aggregation(settings, MAX_TOKENS, totals(rows))), rows, 60)
+    curves = policy_curves(got.sums | {"loss": got.loss})
+    differences, entropies, clipped = [], [], []
+    for row in rows:
+        assert row.values is not None
+        assert row.proximal_logprobs is not None
+        assert row.returns is not None
+        for place in row.kept:
+            differences.append(float(row.values[place]) - float(row.proximal_logprobs[place]))
+            entropies.append(float(row.returns[place]))
+            clipped.append(slow_token("ppo", row, place)[0])
+    number = len(differences)
+    ratios = [math.exp(difference) for difference in differences]
+    assert curves == pytest.approx(
+        {
+            "policy/loss": got.loss,
+            "policy/kl": -sum(differences) / number,
+            "policy/entropy": sum(entropies) / number,
+            "policy/clip_frac_low": sum(token.low for token in clipped) / number,
+            "policy/clip_frac_high": sum(token.high for token in clipped) / number,
+            "policy/clip_frac_dual": sum(token.dual for token in clipped) / number,
+            "policy/ratio_mean": sum(ratios) / number,
+            "policy/ratio_std": pstdev(ratios),
+        },
+        rel=1e-9,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_without_a_token_adds_nothing_and_no_nan(family: str) -> None:
+    settings = algorithm(loss=family, entropy_coef=0.1)
+    aggregation = Aggregation(settings, MAX_TOKENS, Totals(0, 0))
     logprobs = torch.zeros(0, requires_grad=True)
-    for loss in (GrpoLoss(AlgorithmConfig(), Totals(0, 0)), SupervisedLoss(Totals(0, 0))):
+    for loss in (PolicyLoss(settings, KlConfig(coef=0.1), 0.1, aggregation), SupervisedLoss(Totals(0, 0))):
         value, sums = loss(logprobs, torch.zeros(0), empty_micro_batch())
         assert value.item() == 0.0
         assert value.requires_grad
@@ -125,8 +295,7 @@ def test_a_rank_without_a_token_adds_nothing_and_no_nan() -> None:
 
 def test_the_supervised_loss_is_the_mean_over_answer_tokens() -> None:
     rows = random_rows(1, 4)
-    total = counts(rows)
-    loss = SupervisedLoss(Totals(total["tokens"], total["sequences"]))
+    loss = SupervisedLoss(totals(rows))
     values = [loss(-batch.targets / 10.0, torch.zeros(len(batch.targets)), batch)[0].item() for batch in pack(rows, 30)]
     tokens = [int(token) for row in rows for token in row.completion_tokens[row.kept]]
     assert sum(values) == pytest.approx(sum(tokens) / len(tokens) / 10.0, rel=1e-5)

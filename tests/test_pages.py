@@ -49,7 +49,9 @@ def share(seed: int, lengths: list[tuple[int, int, bool]]) -> Share:
     rewards = rng.random((GROUPS, SAMPLES)).astype(np.float32)
     rewards[0, 0] = np.nan
     baselines = rng.random((GROUPS, SAMPLES)).astype(np.float32)
-    return Share(9, 8, b"d" * 16, 1, 3, 77, rewards, baselines, items, frozenset({0, 3}))
+    by_function = rng.random((2, GROUPS, SAMPLES)).astype(np.float32)
+    greedy = rng.random(GROUPS).astype(np.float32)
+    return Share(9, 8, b"d" * 16, 1, 3, 77, rewards, baselines, items, frozenset({0, 3}), by_function, greedy)
 
 
 def num_bytes(page: SharePage) -> int:
@@ -59,8 +61,8 @@ def num_bytes(page: SharePage) -> int:
 def assert_equal(found: Share, expected: Share) -> None:
     for name in ("epoch", "step", "batch_digest", "rank", "num_ranks", "total_tokens", "remainder_groups"):
         assert getattr(found, name) == getattr(expected, name)
-    np.testing.assert_array_equal(found.rewards, expected.rewards)
-    np.testing.assert_array_equal(found.baseline_rewards, expected.baseline_rewards)
+    for name in ("rewards", "baseline_rewards", "function_rewards", "greedy_rewards"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert len(found.items) == len(expected.items)
     for ours, theirs in zip(found.items, expected.items, strict=True):
         assert (ours.group, ours.sample, ours.prompt) == (theirs.group, theirs.sample, theirs.prompt)
@@ -112,6 +114,8 @@ def test_tables_travel_with_the_first_page_alone() -> None:
     assert len(pages) == 4
     assert [page.rewards.size for page in pages] == [GROUPS * SAMPLES, 0, 0, 0]
     assert [len(page.remainder_groups) for page in pages] == [2, 0, 0, 0]
+    assert [page.function_rewards.size for page in pages] == [2 * GROUPS * SAMPLES, 0, 0, 0]
+    assert [len(page.greedy_rewards) for page in pages] == [GROUPS, 0, 0, 0]
 
 
 def ints(*values: int) -> np.ndarray[Any, Any]:
@@ -138,6 +142,8 @@ def ints(*values: int) -> np.ndarray[Any, Any]:
         ("observed", np.zeros(0, np.bool_), "lengths add up to 12, the array has 0"),
         ("prompt_tokens", ints(1), "lengths add up to 6, the array has 1"),
         ("baseline_rewards", np.zeros((1, 1), np.float32), "reward tables of"),
+        ("function_rewards", np.zeros((2, GROUPS, 1), np.float32), "reward tables of .* by function"),
+        ("greedy_rewards", np.zeros(GROUPS - 1, np.float32), "4 greedy rewards of 5 groups"),
     ],
 )
 def test_arrays_that_contradict_each_other_are_refused(field: str, value: Any, said: str) -> None:

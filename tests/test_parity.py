@@ -29,9 +29,11 @@ from broker.prompts import PromptSource
 from broker.tokenizer import ChatTokenizer
 from launch.devices import detect
 from launch.plan import Paths, ProcessRole, plan
+from learner.aggregation import Aggregation, Totals
 from learner.batches import Row, counts, pack
-from learner.losses import GrpoLoss, Totals, averages
+from learner.losses import PolicyLoss, policy_curves
 from learner.policy import Policy
+from learner.preparation import OnlyUpdate
 from learner.ranks import Ranks
 from protocol import settings
 from protocol.config import Config
@@ -201,18 +203,21 @@ def train(
             completion_tokens=completion.tokens,
             in_loss=np.ones(len(completion.tokens), np.bool_),
             behavior_logprobs=completion.behavior_logprobs,
-            advantage=float(np.float32(advantage)),
             versions=np.full(len(completion.tokens), step, np.int32),
+            advantages=np.full(len(completion.tokens), advantage, np.float32),
         )
         for (prompt, completion), advantage in zip(sampled, advantages.flat, strict=True)
     ]
     totals = counts(rows)
-    loss = GrpoLoss(config.algorithm, Totals(totals["tokens"], totals["sequences"]))
+    aggregation = Aggregation(
+        config.algorithm, config.sampling.max_tokens, Totals(totals["tokens"], totals["sequences"])
+    )
+    loss = OnlyUpdate(PolicyLoss(config.algorithm, config.kl, 0.0, aggregation), config.corrections)
     micro_batches = pack(rows, config.learner.micro_batch_tokens)
     assert len(micro_batches) > 1
     update = policy.update(micro_batches, loss, config.learner.learning_rate)
     assert update.applied
-    curves = averages(update.sums) | {"policy/grad_norm": update.grad_norm}
+    curves = policy_curves(update.sums) | {"policy/grad_norm": update.grad_norm}
     return curves | {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(1, ddof=1).mean())}
 
 
@@ -250,7 +255,7 @@ def test_the_same_prompts_get_the_same_completions_and_rewards(both: Pair) -> No
         assert run.samples == plain.samples
 
 
-def test_loss_gradient_and_mismatch_are_the_same_number(both: Pair) -> None:
+def test_loss_and_gradient_are_the_same_number(both: Pair) -> None:
     for run, plain in zip(both.run, both.plain, strict=True):
         assert {name: run.curves[name] for name in plain.curves} == plain.curves
         assert plain.curves["policy/grad_norm"] > 0.0

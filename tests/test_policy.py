@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from learner.batches import MicroBatch, Row, counts, pack
+from learner.batches import MicroBatch, Row, pack
 from learner.deepspeed_engine import OWNED, engine_config
-from learner.losses import GrpoLoss, LossAndSums, Totals
+from learner.losses import LossAndSums
 from learner.model import PolicyModel, load
 from learner.policy import Policy
 from learner.ranks import Ranks
@@ -28,9 +28,11 @@ from tests.learning import (
     largest_difference,
     largest_relative_difference,
     logprobs_one_by_one,
+    loss_of,
     model_folder,
     open_policy,
     sampled_steps,
+    slow_loss,
     train_step,
     weights,
     whole_state,
@@ -61,10 +63,7 @@ def plain_training(
     for rows in steps:
         losses = []
         for row in rows:
-            ratio = (
-                logprobs_one_by_one(lm, row, temperature) - torch.from_numpy(row.behavior_logprobs[row.kept])
-            ).exp()
-            losses.append(-torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage))
+            losses.append(slow_loss(logprobs_one_by_one(lm, row, temperature), row))
         torch.cat(losses).mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)))
         optimizer.step()
@@ -91,8 +90,7 @@ def test_zero_0_equals_torch_bit_for_bit(model: str, ranks: Ranks) -> None:
     policy = open_policy(model, ranks)
     norms = []
     for rows in sampled_steps(model):
-        totals = counts(rows)
-        loss = GrpoLoss(settings.algorithm, Totals(totals["tokens"], totals["sequences"]))
+        loss = loss_of(settings.algorithm, rows, ranks)
         for batch in pack(rows, 64):
             arguments = (batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, 1.0)
             loss(*module(*arguments), batch)[0].backward()
@@ -128,7 +126,7 @@ def test_the_temperature_of_sampling_is_that_of_training(tied: str, ranks: Ranks
     assert_trained_alike(weights(policy), wanted)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("aggregation", get_args(AlgorithmConfig.model_fields["aggregation"].annotation))
 def test_no_budget_of_micro_batches_changes_loss_or_gradient(tied: str, ranks: Ranks, aggregation: str) -> None:
     rows, policy = random_rows(2, 13), open_policy(tied, ranks, clip_grad=0.0)
     wanted, update = gradient(policy, ranks, rows, BUDGETS[0], aggregation)
@@ -167,6 +165,21 @@ def test_entropies_are_those_of_the_whole_distribution(tied: str, ranks: Ranks) 
 
     open_policy(tied, ranks).update([batch], loss, 0.0)
     torch.testing.assert_close(seen[0], distribution.entropy(), atol=1e-4, rtol=1e-5)
+
+
+def test_entropies_have_the_gradient_of_the_whole_distribution_where_a_bonus_asks_for_it(tied: str) -> None:
+    (batch,) = pack(random_rows(4, 1), 10_000)
+    inputs = (batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, 0.7)
+    whole = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    logits = whole(batch.input_ids).logits[0, batch.positions] / 0.7
+    slope = torch.linspace(-1.0, 1.0, len(batch.positions))
+    (torch.distributions.Categorical(logits=logits).entropy() * slope).sum().backward()
+    module = PolicyModel(load(tied, torch.float32, CPU, False), 7, False, entropy_gradient=True)
+    (module(*inputs)[1] * slope).sum().backward()
+    wanted = dict(whole.named_parameters())
+    for name, parameter in module.lm.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-5, rtol=1e-3)
+    assert not PolicyModel(load(tied, torch.float32, CPU, False), 7, False)(*inputs)[1].requires_grad
 
 
 def test_gradient_checkpointing_changes_no_number(tied: str, ranks: Ranks) -> None:
@@ -342,14 +355,3 @@ def test_a_policy_knows_its_vocabulary_and_layout(model: str, ranks: Ranks) -> N
     lm = AutoModelForCausalLM.from_pretrained(model)
     assert policy.layout() == [(name, "float32", tuple(p.shape)) for name, p in lm.named_parameters()]
     assert policy.vocab_size == lm.config.vocab_size == policy.model_config.vocab_size
-
-
-def test_the_aggregations_of_the_settings_are_those_of_the_loss(tied: str, ranks: Ranks) -> None:
-    settings = [
-        AlgorithmConfig.model_validate({"aggregation": name}).aggregation for name in ("token_mean", "sequence_mean")
-    ]
-    losses = [
-        train_step(open_policy(tied, ranks), ranks, random_rows(2, 9), aggregation=name).sums["loss"]
-        for name in settings
-    ]
-    assert abs(losses[0] - losses[1]) > 1e-3

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from actors.engine import EngineOptions
 from actors.fake_engine import FakeEngine
-from actors.rollout import attempt_for, sampling_seed, single_turn
+from actors.rollout import attempt_for, sampling_for, sampling_seed, single_turn
+from protocol.config import Config
 from protocol.types import Completion, Lease, LeaseKind, Prompt, SamplingParams
 from protocol.weights import SnapshotWriter, lay_out
 
@@ -76,3 +77,22 @@ def test_a_lost_lease_is_generated_again_token_by_token(tmp_path: Path) -> None:
     first, again, anew = (asyncio.run(generated(*args)) for args in ((1,), (2,), (3, 1)))
     assert first.tokens.tolist() == again.tokens.tolist()
     assert first.tokens.tolist() != anew.tokens.tolist()
+
+
+def test_behind_the_samples_that_are_trained_comes_a_greedy_one_for_remax() -> None:
+    config = Config.model_validate({"batch": {"group_size": 3}, "algorithm": {"advantage": "remax"}})
+    assert config.samples_per_lease == 4
+    asked = [
+        attempt_for(lease(), "a", sample, sampling_for(lease(), sample, config), run_seed=3) for sample in range(4)
+    ]
+    assert [attempt.sampling.temperature for attempt in asked] == [1.0, 1.0, 1.0, 0.0]
+    assert [attempt.seed is None for attempt in asked] == [False, False, False, True]
+    assert {attempt.sampling.max_tokens for attempt in asked} == {config.sampling.max_tokens}
+
+
+def test_without_remax_no_sample_of_training_is_greedy_and_every_one_of_an_evaluation_is() -> None:
+    config = Config.model_validate({"batch": {"group_size": 3}, "evaluation": {"max_tokens": 7}})
+    assert config.samples_per_lease == 3
+    assert {sampling_for(lease(), sample, config).temperature for sample in range(3)} == {1.0}
+    evaluated = sampling_for(lease(LeaseKind.EVALUATE), 0, config)
+    assert (evaluated.temperature, evaluated.max_tokens) == (0.0, 7)

@@ -154,3 +154,30 @@ def test_the_digest_depends_on_every_token() -> None:
 )
 def test_the_digest_tells_different_batches_apart(other: Group) -> None:
     assert batch_digest([other]) != batch_digest([group(0, [5, 6])])
+
+
+def test_a_greedy_sample_is_a_reward_and_nothing_that_is_trained() -> None:
+    with_greedy = [group(0, [2, 3, 4]), group(1, [5, 6], samples=[0, 1]), group(2, [7], samples=[2])]
+    shares = cut_shares(7, 5, with_greedy, 2, group_size=2, max_staleness=0, has_greedy=True)
+    for share in shares:
+        np.testing.assert_array_equal(share.greedy_rewards, np.float32([2.0, np.nan, 22.0]))
+        np.testing.assert_array_equal(share.rewards, np.float32([[0.0, 1.0], [10.0, 11.0], [np.nan, np.nan]]))
+        assert share.total_tokens == 2 + 3 + 5 + 6
+    assert sorted((item.group, item.sample) for share in shares for item in share.items) == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert len(cut(with_greedy[:1], 1)[0].greedy_rewards) == 0
+
+
+def test_rewards_by_function_stand_beside_their_sum() -> None:
+    plain = group(0, [2, 3], samples=[0, 3])
+    first, second = plain.trajectories
+    spoken = (replace(first, rewards={"a": 1.0, "b": None}), replace(second, rewards={"b": 0.5, "a": 2.0}))
+    (share,) = cut_shares(7, 5, [replace(plain, trajectories=spoken)], 1, 4, 0, functions=["a", "b"])
+    missing = np.nan
+    wanted = np.float32([[[1.0, missing, missing, 2.0]], [[missing, missing, missing, 0.5]]])
+    np.testing.assert_array_equal(share.function_rewards, wanted)
+    assert cut([plain], 1)[0].function_rewards.size == 0

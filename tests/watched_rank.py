@@ -13,15 +13,18 @@ from typing import Any
 
 from learner.announcer import Announcer
 from learner.batches import MicroBatch
+from learner.kl import AdaptiveKl
 from learner.link import Link, Standing, Taken
+from learner.models import Models
 from learner.policy import Loss, Policy, Update
 from learner.publisher import Publisher
 from learner.ranks import Ranks
 from learner.recorder import Recorder
 from learner.states import StateClock
-from learner.trainer import Trainer
+from learner.trainer import Ended, Trainer
 from protocol import settings
 from protocol.addresses import Addresses
+from protocol.config import Config
 from protocol.keys import read_client_key
 
 WAIT_S = 60.0  # of every question to the broker
@@ -52,6 +55,7 @@ class WatchedRecorder(Recorder):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.steps: list[dict[str, Any]] = []
+        self.curves: list[dict[str, float]] = []
 
     def step(self, taken: Taken, curves: dict[str, float], step_s: float, *, skipped: bool) -> None:
         share = taken.share
@@ -65,14 +69,22 @@ class WatchedRecorder(Recorder):
                 "at": time.monotonic(),
             }
         )
+        self.curves.append(dict(curves))
         super().step(taken, curves, step_s, skipped=skipped)
 
 
 def train_watched(run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     """Train until the broker says that the run is over; what this rank saw, as plain data for JSON."""
-    config, standing = settings.load(run_dir / "config.yaml"), Standing(0, -1, b"")
+    config = settings.load(run_dir / "config.yaml")
     policy = WatchedPolicy.open(config, config.model.path, ranks)
     assert isinstance(policy, WatchedPolicy)
+    ended, recorder = train_models(run_dir, config, Models(policy, None, AdaptiveKl(0.0, 0.0, 1), {}), ranks)
+    return {"complete": ended.complete, "steps": recorder.steps, "tokens": policy.tokens}
+
+
+def train_models(run_dir: Path, config: Config, models: Models, ranks: Ranks) -> tuple[Ended, WatchedRecorder]:
+    """The loop of one rank with these models. Raises what ends it."""
+    standing = Standing(0, -1, b"")
     link = Link(
         Addresses.read(run_dir),
         read_client_key(run_dir / "keys" / "learner.key"),
@@ -83,11 +95,11 @@ def train_watched(run_dir: Path, ranks: Ranks) -> dict[str, Any]:
         wait_s=WAIT_S,
     )
     clock = StateClock(link.say)
-    announcer = Announcer(Publisher(run_dir / "snapshots", policy, ranks), link, ranks, lambda version: False)
-    recorder = WatchedRecorder(config, run_dir, ranks, policy, link, announcer, config.model.path, standing)
+    announcer = Announcer(Publisher(run_dir / "snapshots", models.policy, ranks), link, ranks, lambda version: False)
+    recorder = WatchedRecorder(config, run_dir, ranks, models, link, announcer, config.model.path, standing)
     try:
-        ended = Trainer(config, ranks, policy, link, announcer, recorder, clock, standing.version).run()
+        ended = Trainer(config, ranks, models, link, announcer, recorder, clock, standing.version).run()
     finally:
         recorder.close()
         link.close("the test is over")
-    return {"complete": ended.complete, "steps": recorder.steps, "tokens": policy.tokens}
+    return ended, recorder

@@ -1,0 +1,59 @@
+"""One batch prepared and trained by each of several ranks, and what must not depend on how many they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from learner.models import Models
+from learner.preparation import Preparation
+from learner.ranks import Ranks
+from protocol.config import Config
+from tests.batch_shares import STEP, random_share
+from tests.learning import RATE, config
+
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "one update": {"learner": {"zero": 2}},
+    "whitened over completions": {
+        "learner": {"zero": 1},
+        "algorithm": {"advantage": "gdpo", "updates_per_batch": 2, "epochs_per_batch": 2},
+        "rewards": {"functions": [{"use": "gsm8k"}, {"use": "gsm8k_flexible", "weight": 0.5}]},
+        "kl": {"coef": 0.1, "target": 0.01, "horizon": 50},
+    },
+    "whitened over tokens": {
+        "learner": {"zero": 3},
+        "algorithm": {"advantage": "reinforce_plus_plus", "gamma": 0.9, "top_entropy_frac": 0.3},
+        "kl": {"coef": 0.1, "place": "reward"},
+    },
+}
+
+
+def prepared(model: str, ranks: Ranks) -> dict[str, Any]:
+    """By setting: losses, norms and sums of all ranks, and of this rank (place or target, advantage, correction)."""
+    return {name: _prepared(_config(model, sections), ranks) for name, sections in SETTINGS.items()}
+
+
+def _config(model: str, sections: dict[str, dict[str, Any]]) -> Config:
+    base = config(micro_batch_tokens=40, clip_grad=0.0).model_dump()
+    base["model"]["path"] = model
+    return Config.model_validate(base | {name: base[name] | values for name, values in sections.items()})
+
+
+def _prepared(config: Config, ranks: Ranks) -> dict[str, Any]:
+    models = Models.open(config, ranks)
+    preparation = Preparation(config, ranks, models)
+    found = preparation.prepare(random_share(7, rank=ranks.rank, num_ranks=ranks.num_ranks))
+    updates, tokens = [], []
+    for mini_batch in found.mini_batches:
+        for batch in mini_batch.micro_batches:
+            tokens += zip(batch.targets.tolist(), batch.advantages.tolist(), batch.corrections.tolist(), strict=True)
+        updates.append(models.policy.update(mini_batch.micro_batches, preparation.loss(mini_batch), RATE))
+    (first, *_), (update, *_) = found.mini_batches, updates
+    return {
+        "places": [mini_batch.places.tolist() for mini_batch in found.mini_batches],
+        "totals": [list(mini_batch.totals) for mini_batch in found.mini_batches],
+        "losses": [update.sums["loss"] for update in updates],
+        "norms": [update.grad_norm for update in updates],
+        "mismatch": found.mismatch or preparation.mismatch(first.micro_batches, update.logprobs, STEP),
+        "reward_kl": found.reward_kl,
+        "tokens": tokens,
+    }
