@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.engine import Engine, EngineStatistics, RequestFailed
+from actors.engine import Engine, EngineStatistics, LoadTimes, RequestFailed
 from actors.outcomes import error_result, release, result
 from actors.rollout import attempt_for, sampling_for, single_turn
 from actors.scorer import Scorer
@@ -30,6 +30,7 @@ from protocol.errors import SnapshotError
 from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Result, Verdict, VersionHint, Wait
 from protocol.session import Session
 from protocol.types import Completion, Lease, LeaseKind, Prompt
+from protocol.weights import Snapshot
 
 log = logging.getLogger("tether.generator")
 
@@ -194,23 +195,28 @@ class Generator:
             log.info("version %d was not fetched: %s", version, error)
             await asyncio.sleep(self._config.watchdog.heartbeat_s / 4)  # the next heartbeat brings the newest
             return
+        if not self._may_apply(version, epoch):
+            return  # leases came meanwhile that need the version we hold; the source keeps what it pulled
         try:
-            if not self._may_apply(version, epoch):
-                return  # leases came meanwhile that need the version we hold
-            self._loading = True
-            times = await self._engine.load(snapshot)
+            times = await self._load(snapshot)
+            if not self._fits_leases(version, epoch):
+                await self._hand_back_all("the weights have moved on")  # they came meanwhile, for those from before
         except SnapshotError as error:
             log.info("version %d vanished before it was applied: %s", version, error)
             return
         finally:
-            self._loading = False
-            self._changed.set()
-            self._source.discard(snapshot)
-        if not self._fits_leases(version, epoch):
-            self._drop_all()  # they came meanwhile, for the weights from before
+            await self._source.discard(snapshot)
         self._updates += 1
         self._apply_s, self._pause_s = time.monotonic() - started, times.pause_s + times.load_s + times.resume_s
         log.info("version %d applied in %.3f s, generation paused for %.3f s", version, self._apply_s, self._pause_s)
+
+    async def _load(self, snapshot: Snapshot) -> LoadTimes:
+        self._loading = True
+        try:
+            return await self._engine.load(snapshot)
+        finally:
+            self._loading = False
+            self._changed.set()
 
     def _may_apply(self, version: int, epoch: int) -> bool:
         return not self._evaluating() and self._fits_leases(version, epoch)
@@ -275,6 +281,13 @@ class Generator:
         log.info("the broker speaks for epoch %016x now: %d leases are void", epoch, len(self._running))
         self._newest = (0, "")  # of the last epoch: this one's broker says what it has
         self._drop_all()
+
+    async def _hand_back_all(self, reason: str) -> None:
+        """Drop every lease, and tell the broker: silence would keep their places until they expire."""
+        dropped = [running.lease for running in self._running.values()]
+        self._drop_all()
+        releases = (release(lease, reason, failed=False) for lease in dropped)
+        await asyncio.gather(*(self._session.ask(one, timeout_s=self._config.watchdog.orphan_s) for one in releases))
 
     def _drop_all(self) -> None:
         for key in list(self._running):

@@ -1,16 +1,16 @@
 """The schedule's numbers, and which groups make a batch.
 
-Part of the broker process; pure. The bound on staleness is kept at a grant by `admits` and at a cut by `choose`,
-which waits until everything can go that no later step could train in time. That a split group's remainder is compared
-with the whole group rests on `TakenGroup.remainder_of`.
+Part of the broker process; pure. The bound on staleness is kept at a grant by `admits` and at a cut by `is_enough`,
+which waits until everything can go that no later step could train in time. Both are asked at every grant, and again
+for everybody who waits whenever something changed, so they look at numbers of groups by deadline alone: `LeaseTable`
+keeps them. That a split group's remainder is compared with the whole group rests on `TakenGroup.remainder_of`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 from broker.leases import OpenLease
 from protocol.config import AtBound
@@ -66,45 +66,37 @@ class Batch:
     ]  # at most P, by deadline and prompt; then the remainders that ended since the last cut
 
 
-def num_due(leases: Collection[OpenLease], step: int) -> int:
-    """N(step) of these leases: how many of them no later step may train."""
-    return sum(lease.grant.deadline <= step for lease in leases)
+def each_num_due(by_deadline: Counter[int], steps: range) -> Iterator[int]:
+    """N(d) for every d of `steps`: how many of these groups no step after d may train."""
+    num = sum(count for deadline, count in by_deadline.items() if deadline < steps.start)
+    for step in steps:
+        num += by_deadline[step]
+        yield num
 
 
-def each_num_due(leases: Collection[OpenLease], steps: range) -> Iterator[int]:
-    """N(d) of these leases for every d of `steps`, in one pass over them: it is asked for at every grant and result."""
-    counts = Counter(max(lease.grant.deadline, steps.start) for lease in leases)
-    return accumulate(counts[d] for d in steps)
-
-
-def admits(opened: Collection[OpenLease], deadline: int, next_step: int, last_deadline: int, size: int) -> bool:
+def admits(num_open: Counter[int], deadline: int, next_step: int, last_deadline: int, size: int) -> bool:
     """True if N(d) <= (d - next_step + 1) * size still holds for every d with one more group of this deadline.
 
     No group has a later deadline than `last_deadline`, so nothing can break beyond it.
     """
     steps = range(deadline, last_deadline + 1)
-    return all(num < (d - next_step + 1) * size for d, num in zip(steps, each_num_due(opened, steps), strict=True))
+    return all(num < (d - next_step + 1) * size for d, num in zip(steps, each_num_due(num_open, steps), strict=True))
 
 
-def choose(
-    opened: Collection[OpenLease],
-    splittable: Collection[OpenLease],
-    step: int,
-    last_deadline: int,
-    size: int,
-    num_groups: int,
-) -> list[OpenLease] | None:
-    """The `num_groups` groups that `step` trains, earliest deadlines first; None while it has to wait.
+def is_enough(
+    num_open: Counter[int], num_ready: Counter[int], step: int, last_deadline: int, size: int, num_groups: int
+) -> bool:
+    """Whether `step` may train `num_groups` of the groups that are ready, or has to wait.
 
     need(d) = N(d) - (d - step) * size groups with deadline <= d must go now: the later steps up to d have no more room.
     So the learner trains whatever is done, and waits for a straggler only where nothing else would keep the bound.
     """
-    candidates = [lease for lease in opened if lease.complete or lease in splittable]
-    if len(candidates) < num_groups:
-        return None
     steps = range(step, last_deadline + 1)
-    for d, num_open, num_ready in zip(steps, each_num_due(opened, steps), each_num_due(candidates, steps), strict=True):
-        if num_ready < num_open - (d - step) * size:
-            return None
-    candidates.sort(key=lambda lease: (lease.grant.deadline, lease.grant.prompt))
-    return candidates[:num_groups]
+    due = zip(steps, each_num_due(num_open, steps), each_num_due(num_ready, steps), strict=True)
+    has_all_due = all(ready >= opened - (d - step) * size for d, opened, ready in due)
+    return has_all_due and num_ready.total() >= num_groups
+
+
+def choose(ready: Iterable[OpenLease], num_groups: int) -> list[OpenLease]:
+    """The groups that a step trains of those that are ready: the earliest deadlines, ties by prompt."""
+    return sorted(ready, key=lambda lease: (lease.grant.deadline, lease.grant.prompt))[:num_groups]

@@ -102,8 +102,8 @@ class GeneratorDesk:
         ]
 
     def release(self, peer: Peer, message: Release, now: float) -> Done:
-        scheduler = self._run.scheduler_now()
-        if self._holds(peer, message.attempt, message.number):
+        scheduler = self._run.scheduler
+        if scheduler is not None and self._holds(peer, message.attempt, message.number):
             if message.failed:
                 scheduler.failed(message.attempt, message.reason, now)
             else:
@@ -119,7 +119,6 @@ class GeneratorDesk:
         if verdict.status == Status.ACCEPTED:
             run.progress_at = now
             run.num_errors += bool(message.error)
-        run.changed = True
         self.settle(now)
         return verdict
 
@@ -182,6 +181,7 @@ class GeneratorDesk:
             )
             answer = Trajectory(message.prompt, message.attempt, message.sample, None, error=f"invalid: {reason}")
         status = scheduler.finished(answer, now)
+        run.changed = run.changed or scheduler.may_answer_others(lease)
         return Verdict(status=Status.INVALID.value if reason else status.value, reason=reason)
 
     def _items(self, grants: Sequence[Grant]) -> list[tuple[LeaseItem, Prompt]]:

@@ -8,7 +8,7 @@ share it.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -130,7 +130,8 @@ class Generator:
     running: dict[int, OpenLease] = field(default_factory=dict)  # by attempt: leases that it has not answered in full
     leased_at: float = -math.inf  # its newest lease
     emptying: bool = False  # gets nothing more until it is empty, to run a prompt alone
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_LATENCIES))  # s, see `latency_s`
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_LATENCIES))  # s
+    latency_s: float | None = None  # their median: from grant to last sample of its latest groups
     waiting: Refusal = Refusal.NO_ROOM  # why it was given no more
     waiting_since: float = 0.0
 
@@ -141,6 +142,11 @@ class Generator:
     def has_room_for(self, samples: int) -> bool:
         """An empty generator takes any group: its engine queues what it cannot run at once."""
         return self.room >= samples or (self.room > 0 and not self.running)
+
+    def answers(self, latency_s: float) -> None:
+        """It sent the last sample of a group, so long after the grant."""
+        self.latencies.append(latency_s)
+        self.latency_s = sorted(self.latencies)[len(self.latencies) // 2]
 
     def waits_for(self, reason: Refusal, now: float) -> None:
         if reason is not self.waiting:
@@ -158,11 +164,6 @@ class Generator:
     @property
     def runs_alone(self) -> bool:
         return any(lease.grant.alone for lease in self.running.values())
-
-    @property
-    def latency_s(self) -> float | None:
-        """Median time from grant to last sample of its latest groups; None before the first."""
-        return sorted(self.latencies)[len(self.latencies) // 2] if self.latencies else None
 
     def describe(self, now: float) -> dict[str, Any]:
         return {
@@ -183,6 +184,8 @@ class LeaseTable:
         self.generators: dict[str, Generator] = {}  # by session
         self.open: dict[int, OpenLease] = {}  # by attempt: leased or finished, not yet in a batch; what N counts
         self.aside: dict[int, OpenLease] = {}  # by attempt: remainders and evaluations, which N does not count
+        self.num_open: Counter[int] = Counter()  # by deadline: groups in `open`
+        self.num_finished: Counter[int] = Counter()  # by deadline: those of them that are complete
         self._num_leases = 0
 
     def new_attempt(self) -> int:
@@ -190,9 +193,13 @@ class LeaseTable:
         return self._num_leases
 
     def hand_out(self, grant: Grant, generator: Generator, now: float) -> Grant:
-        table = self.aside if grant.kind is LeaseKind.EVALUATE else self.open
         lease = OpenLease(grant, generator.session, granted_at=now, expires_at=now + self.ttl_s)
-        table[grant.attempt] = generator.running[grant.attempt] = lease
+        generator.running[grant.attempt] = lease
+        if grant.kind is LeaseKind.EVALUATE:
+            self.aside[grant.attempt] = lease
+        else:
+            self.open[grant.attempt] = lease
+            self.num_open[grant.deadline] += 1
         generator.room = max(0, generator.room - grant.samples)
         generator.leased_at = now
         return grant
@@ -207,22 +214,31 @@ class LeaseTable:
 
     def answered(self, lease: OpenLease, now: float) -> None:
         """All samples of a lease are in: its generator has room again."""
+        if lease.grant.attempt in self.open:
+            self.num_finished[lease.grant.deadline] += 1
         if generator := self.generators.get(lease.holder):
             del generator.running[lease.grant.attempt]
-            generator.latencies.append(now - lease.granted_at)
+            generator.answers(now - lease.granted_at)
 
     def close(self, lease: OpenLease) -> None:
         """Forgets a lease: results that still come are late."""
-        self.open.pop(lease.grant.attempt, None)
+        if lease.grant.attempt in self.open:
+            self._leaves_open(lease)
         self.aside.pop(lease.grant.attempt, None)
         if generator := self.generators.get(lease.holder):
             generator.running.pop(lease.grant.attempt, None)
 
     def set_aside(self, lease: OpenLease) -> None:
         """What a split group handed over is in a batch; the samples that still run are a remainder."""
-        del self.open[lease.grant.attempt]
+        self._leaves_open(lease)
         self.aside[lease.grant.attempt] = lease
         lease.handed_over = frozenset(lease.results)
+
+    def _leaves_open(self, lease: OpenLease) -> None:
+        del self.open[lease.grant.attempt]
+        self.num_open -= Counter([lease.grant.deadline])
+        if lease.complete:
+            self.num_finished -= Counter([lease.grant.deadline])
 
     def silent(self, now: float) -> list[Generator]:
         return [generator for generator in self.generators.values() if generator.heard_at + self.ttl_s <= now]

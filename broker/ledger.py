@@ -80,7 +80,8 @@ class Ledger:
     def requeue(self, number: int, crashed: bool = False) -> None:
         """A lost or failed lease: the prompt goes out again, ahead of all that were never offered."""
         self._move(number, Open.LEASED, Open.QUEUED)
-        self._crashes[number] += crashed
+        if crashed:
+            self._crashes[number] += 1
         insort(self._queue, number)
 
     def finish(self, number: int) -> None:
@@ -116,6 +117,11 @@ class Ledger:
 
     def crashes(self, number: int) -> int:
         return self._crashes[number]
+
+    def queued_after_crashes(self, at_least: int) -> list[int]:
+        """The queued prompts that were lost in so many crashes, first one first."""
+        often = (number for number, count in self._crashes.items() if count >= at_least)
+        return sorted(number for number in often if self._open.get(number) is Open.QUEUED)
 
     def count_failure(self, number: int) -> int:
         self._failures[number] += 1

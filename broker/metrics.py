@@ -6,17 +6,21 @@ They travel to learner rank 0 with the batch; rank 0 is the one writer.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from broker.batches import Batch
 from broker.evaluation import EvaluationResult
+from broker.peers import Peer
 from broker.run_state import RunState
 from protocol.messages import Evaluation, Role
 from protocol.types import Trajectory
 
 NUM_SAMPLES = 8  # answers of an evaluation that are kept as text
+MAX_SINGLE = 64  # generators that have curves of their own: more are not read, and thousands would not fit the message
+SHOWN = ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s")  # of what generators report
 FULL_MARK = 1.0  # a prompt counts as solved when its first reward function gives this or more
 
 
@@ -31,13 +35,27 @@ def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
     numbers["staleness/in_flight"] = float(np.mean(ages)) if ages else 0.0
     numbers["broker/open_groups"] = float(len(scheduler.leases.open))
     numbers["completion/error_frac"] = _error_share(run)
-    for peer in run.peers.of_role(Role.GENERATOR):
-        for name in ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s"):
-            if name in peer.numbers:
-                numbers[f"generator/{peer.name}/{name}"] = peer.numbers[name]
-    applied = [peer.numbers["apply_s"] for peer in run.peers.of_role(Role.GENERATOR) if peer.numbers.get("apply_s")]
+    generators = run.peers.of_role(Role.GENERATOR)
+    numbers |= _one_by_one(generators) if len(generators) <= MAX_SINGLE else _together(generators)
+    applied = [peer.numbers["apply_s"] for peer in generators if peer.numbers.get("apply_s")]
     if applied:
         numbers["weights/apply_s"] = float(np.mean(applied))
+    return numbers
+
+
+def _one_by_one(generators: Sequence[Peer]) -> dict[str, float]:
+    shown = [(peer, name) for peer in generators for name in SHOWN if name in peer.numbers]
+    return {f"generator/{peer.name}/{name}": peer.numbers[name] for peer, name in shown}
+
+
+def _together(generators: Sequence[Peer]) -> dict[str, float]:
+    """Least, mean and most over all of them."""
+    numbers: dict[str, float] = {}
+    for name in SHOWN:
+        if values := [peer.numbers[name] for peer in generators if name in peer.numbers]:
+            numbers[f"generators/{name}_min"] = min(values)
+            numbers[f"generators/{name}_mean"] = float(np.mean(values))
+            numbers[f"generators/{name}_max"] = max(values)
     return numbers
 
 

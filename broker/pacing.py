@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from statistics import fmean, pstdev
 
 from broker.leases import Generator
@@ -66,17 +66,20 @@ class Pace:
             return self._limit
         return self._limit + self._prompts_per_step * CATCHING_UP * waited_s / self.step_s.value
 
-    def is_slow(self, generator: Generator, others: Iterable[Generator], num_steps: int) -> bool:
+    def is_slow(self, generator: Generator, others: Collection[Generator], num_steps: int) -> bool:
         """True if groups of this generator, to be trained within `num_steps` steps, would hold the cluster up.
 
         The cycle that counts is the one the cluster would have without it: the learner's step, or the time in which the
         others make a batch. As measured it would not do: a slow generator stretches it until it looks fast enough.
         Up to twice the fastest is never slow: equal generators differ so much by chance.
         """
+        own_s = generator.latency_s or 0.0
+        if all(own_s <= 2 * other.latency_s for other in others if other.latency_s):
+            return False  # asked at every grant: nearly always this is all that has to be looked at
         measured = [(other.latency_s, other.capacity) for other in others if other.latency_s and other.capacity]
-        if not generator.latency_s or not measured:
+        if not measured:
             return False
         completions_per_s = sum(capacity / latency_s for latency_s, capacity in measured)
         cycle_s = max(self.step_s.value or 0.0, self._prompts_per_step * self._group_size / completions_per_s)
         fastest_s = min(latency_s for latency_s, _ in measured)
-        return generator.latency_s > max(num_steps * cycle_s, 2 * fastest_s)
+        return own_s > max(num_steps * cycle_s, 2 * fastest_s)

@@ -9,7 +9,7 @@ memory:
     a lease is granted iff afterwards, for every d >= next:  N(d) <= (d - next + 1) * P
 
 It is checked at the grant (`batches.admits`); it survives every cut because a batch waits until all that must go can
-go (`batches.choose`); and a lost group only lowers N. So the bound holds although nothing generated is thrown away,
+go (`batches.is_enough`); and a lost group only lowers N. So the bound holds although nothing generated is thrown away,
 and `take` asserts it. What became of a prompt stands in `ledger.py`, changed in the same call that decides it.
 
 The constructor serves a fresh run and every recovery alike: the ledger comes back with all open prompts queued again,
@@ -19,11 +19,12 @@ and no lease survives.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from broker.batches import Batch, ScheduleSettings, TakenGroup, admits, choose, num_due
+from broker.batches import Batch, ScheduleSettings, TakenGroup, admits, choose, each_num_due, is_enough
 from broker.evaluation import Evaluation, EvaluationResult
 from broker.groups import Groups
 from broker.leases import Generator, Grant, LeaseTable, OpenLease, Refusal, ResultStatus, Wait
@@ -97,7 +98,7 @@ class Scheduler:
 
     def _next_lease(self, generator: Generator, newer_available: bool, now: float) -> Grant | Refusal:
         """One more lease for this generator, or the first rule that forbids it."""
-        settings, version, opened = self.settings, generator.version, self.leases.open.values()
+        settings, leases, version = self.settings, self.leases, generator.version
         deadline = min(version + settings.max_staleness, settings.steps - 1)
         if self.verdict:
             return Refusal.STOPPED
@@ -117,9 +118,9 @@ class Scheduler:
             return Refusal.TOO_OLD
         if not generator.has_room_for(settings.group_size):
             return Refusal.NO_ROOM
-        if not admits(opened, deadline, self.next_step, self.last_deadline, settings.prompts_per_step):
+        if not admits(leases.num_open, deadline, self.next_step, self.last_deadline, settings.prompts_per_step):
             return Refusal.AT_BOUND
-        if len(opened) + 1 > self.pace.limit(self._waited_s(now)):
+        if len(leases.open) + 1 > self.pace.limit(self._waited_s(now)):
             return Refusal.PACING
         if settings.gate_slow_generators and self._too_slow(generator, deadline, now):
             return Refusal.SLOW
@@ -135,21 +136,21 @@ class Scheduler:
 
         A prompt that runs alone needs an empty generator: for each such prompt one generator takes nothing more.
         """
-        alone = [prompt for prompt in self.ledger.queue if self.ledger.crashes(prompt) >= CRASHES_UNTIL_ALONE]
-        num_emptying = sum(other.emptying for other in self.leases.generators.values() if other is not generator)
-        runs_alone = len(alone) > num_emptying
+        ledger, others = self.ledger, self.leases.generators.values()
+        alone = ledger.queued_after_crashes(CRASHES_UNTIL_ALONE)
+        runs_alone = bool(alone) and len(alone) > sum(other.emptying for other in others if other is not generator)
         if runs_alone and generator.running:
             generator.emptying = True
             return Refusal.ALONE
-        queued = alone if runs_alone else [prompt for prompt in self.ledger.queue if prompt not in alone]
-        if queued:
-            prompt = queued[0]
-            self.ledger.lease_again(prompt)
-        elif self.ledger.offered != self.settings.num_prompts:
-            prompt = self.ledger.offer()
+        queued = alone if runs_alone else (n for n in ledger.queue if ledger.crashes(n) < CRASHES_UNTIL_ALONE)
+        prompt = next(iter(queued), None)
+        if prompt is not None:
+            ledger.lease_again(prompt)
+        elif ledger.offered != self.settings.num_prompts:
+            prompt = ledger.offer()
         else:
             return Refusal.ALONE
-        attempt, failures = self.leases.new_attempt(), self.ledger.failures(prompt)
+        attempt, failures = self.leases.new_attempt(), ledger.failures(prompt)
         samples, version = self.settings.group_size, generator.version
         grant = Grant(LeaseKind.TRAIN, prompt, attempt, samples, version, deadline, failures, runs_alone)
         return self.leases.hand_out(grant, generator, now)
@@ -172,6 +173,14 @@ class Scheduler:
         if lease.complete:
             self._complete(lease, now)
         return ResultStatus.INVALID if fault else ResultStatus.ACCEPTED
+
+    def may_answer_others(self, lease: OpenLease) -> bool:
+        """Whether who waits may have an answer since the last result of this lease came.
+
+        Most results change only how much of their group is there. A group that may be split is there with two.
+        """
+        may_split = self.settings.at_bound is AtBound.SPLIT and lease.grant.deadline == self.next_step
+        return lease.complete or may_split
 
     def failed(self, attempt: int, reason: str, now: float) -> None:
         """A generator gives a lease up: the samples that it still owes have failed."""
@@ -237,13 +246,29 @@ class Scheduler:
     # --- Batches are cut, versions come back --------------------------------------------------------------------------
 
     @property
+    def num_groups(self) -> int:
+        """Of the next batch. Remainders that have ended come on top."""
+        return min(self.settings.prompts_per_step, len(self.leases.open) + self.num_to_offer)
+
+    @property
     def ready(self) -> bool:
-        return self._next_batch() is not None
+        """Whether the next batch can be cut; if not, the learner has to wait."""
+        leases, step, num_groups = self.leases, self.next_step, self.num_groups
+        is_last = self.num_steps_left == 1 or num_groups == 0
+        if self.training is not None or self.num_steps_left == 0 or (is_last and leases.remainders):
+            return False
+        if num_groups == 0:
+            return bool(self.groups.ended_remainders)
+        num_ready = leases.num_finished + Counter(lease.grant.deadline for lease in self._splittable())
+        size = self.settings.prompts_per_step
+        return is_enough(leases.num_open, num_ready, step, self.last_deadline, size, num_groups)
 
     def take(self, now: float) -> Batch:
         """Cuts the batch of the next step and settles its prompts. Only when `ready`."""
-        step, leases = self.next_step, self._next_batch()
-        assert leases is not None, f"the batch of step {step} cannot be cut now"
+        step = self.next_step
+        assert self.ready, f"the batch of step {step} cannot be cut now"
+        finished = [lease for lease in self.leases.open.values() if lease.complete]
+        leases = choose(finished + self._splittable(), self.num_groups)
         for lease in leases:
             staleness = step - lease.grant.version
             assert 0 <= staleness <= self.settings.max_staleness, f"step {step} cannot train {lease.grant}"
@@ -257,17 +282,6 @@ class Scheduler:
         self.groups.ended_remainders = []
         self.training, self._cut_at, self._returned_at = step, now, None
         return Batch(step, tuple(groups))
-
-    def _next_batch(self) -> list[OpenLease] | None:
-        """The groups of the next batch, or None while the learner has to wait. Ended remainders come on top."""
-        opened, step, size = self.leases.open.values(), self.next_step, self.settings.prompts_per_step
-        num_groups = min(size, len(opened) + self.num_to_offer)
-        is_last = self.num_steps_left == 1 or num_groups == 0
-        if self.training is not None or self.num_steps_left == 0 or (is_last and self.leases.remainders):
-            return None
-        if num_groups == 0:
-            return [] if self.groups.ended_remainders else None
-        return choose(opened, self._splittable(), step, self.last_deadline, size, num_groups)
 
     def _splittable(self) -> list[OpenLease]:
         """Groups that still run at their deadline and may hand over what they have, as a group with its own baseline.
@@ -288,7 +302,7 @@ class Scheduler:
         if skipped:
             self.ledger.skip_step()
         if self._cut_at is not None:
-            num_running = sum(not lease.complete for lease in self.leases.open.values())
+            num_running = self.leases.num_open.total() - self.leases.num_finished.total()
             self.pace.step_ended(now - self._cut_at, num_running)
         self.version, self.training, self._cut_at, self._returned_at = version, None, None, now
         self._restart_evaluation_if_unanswerable()
@@ -346,19 +360,20 @@ class Scheduler:
         if self.training is not None or self.ready or self.trained_out:
             return ""
         opened = self.leases.open.values()
-        num_finished = sum(lease.complete for lease in opened)
+        num_finished = self.leases.num_finished.total()
         due = [lease.grant.prompt for lease in opened if lease.grant.deadline == self.next_step and not lease.complete]
         must = f"; no later step may train prompts {due[:8]}, which still run" if due else ""
         return f"{num_finished} of {self.settings.prompts_per_step} groups finished, {len(opened)} open{must}"
 
     def describe(self, now: float) -> dict[str, Any]:
         """Who holds what since when, and why who waits; plain values."""
-        deadlines = range(self.next_step, self.last_deadline + 1)
+        steps = range(self.next_step, self.last_deadline + 1)
+        num_due = zip(steps, each_num_due(self.leases.num_open, steps), strict=True)  # N(d)
         return {
             "version": self.version,
             "training": self.training,
             "learner_waits_for": self.learner_waits_for(),
-            "open_by_deadline": {str(d): num_due(self.leases.open.values(), d) for d in deadlines},  # N(d)
+            "open_by_deadline": {str(step): num for step, num in num_due},
             "open_limit": limit if math.isfinite(limit := self.pace.limit(self._waited_s(now))) else None,
             "group_latency_s": self.pace.latency_s.value,
             "step_s": self.pace.step_s.value,

@@ -27,7 +27,7 @@ log = logging.getLogger("tether.broker")
 
 PARK_S = 5.0
 TICK_S = 0.25
-BURST_S = 0.005  # of one socket before the other gets its turn: what one message costs is up to its sender
+BURST_S = 0.005  # of one socket before the other gets its turn, at least: what one message costs is up to its sender
 
 
 class Handler(Protocol):
@@ -68,6 +68,7 @@ class Server:
         self._parked: dict[
             tuple[str, int], Question
         ] = {}  # by (message type, session): a repeated question replaces the first
+        self._retry_s = 0.0  # what it last took to ask again for all that is parked
         self._stopping = False
         self.refused: Counter[str] = Counter()
         service.refused = self.refused
@@ -81,18 +82,22 @@ class Server:
             poller.register(socket, zmq.POLLIN)
         while not self._stopping:
             ready = dict(poller.poll(0 if self._service.changed else int(TICK_S * 1000)))
-            for socket in (self._control, self._bulk):
-                if socket in ready:
-                    self._drain(socket)
-            if self._allow.num_strangers:
-                self.refused["stranger"] = self._allow.num_strangers
-            self._service.tick(time.monotonic())
-            self._retry_parked()
-            self._push(self._service.take_hints())
+            self.turn([socket for socket in (self._control, self._bulk) if socket in ready])
         self._push(self._service.farewells())
 
+    def turn(self, ready: Sequence[zmq.Socket[Any]]) -> None:
+        """Serve what has come at these sockets, see to what time brings, and ask again for those who wait."""
+        for socket in ready:
+            self._drain(socket)
+        if self._allow.num_strangers:
+            self.refused["stranger"] = self._allow.num_strangers
+        self._service.tick(time.monotonic())
+        self._retry_parked()
+        self._push(self._service.take_hints())
+
     def _drain(self, socket: zmq.Socket[Any]) -> None:
-        end = time.monotonic() + BURST_S
+        """Serve what has come, for as long as who waits takes in turn: of the time at most half is theirs."""
+        end = time.monotonic() + max(BURST_S, self._retry_s)
         while time.monotonic() < end:
             try:
                 parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -145,6 +150,7 @@ class Server:
             if changed or overdue:
                 del self._parked[place]
                 self._answer(question, overdue)
+        self._retry_s = time.monotonic() - now
 
     def _push(self, messages: Sequence[tuple[bytes, Message]]) -> None:
         for route, message in messages:

@@ -9,7 +9,8 @@ snapshot_ring.py). So a file that this shelf has mapped stands, and the rule is 
   holds it could be given a lease, and only one such version at a time, the oldest. All others are told to ask for the
   newest. So shared memory holds three snapshots at most: the newest, the one being finished, the one being written.
 
-The broker's own memory does not grow with the weights, nor with their readers: chunks are views of the map.
+The broker's own memory does not grow with the weights: it holds the chunks that are under way to their readers. Those
+are copies, since a view that waits for a slow reader would keep the file mapped after this shelf has let it go.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ class Shelf:
         return self._versions.get(version)
 
     def chunk(self, digest: str, index: int, reader: int, now: float) -> Bytes:
-        """Bytes of one chunk. Raises SnapshotError when it is not to be had any more."""
+        """A copy of one chunk. Raises SnapshotError when it is not to be had any more."""
         snapshot = self._mapped.get(digest) or self._open(digest)
-        chunk = snapshot.chunk(index)
+        chunk = snapshot.chunk(index).copy()
         self._mapped[digest] = snapshot
         self._pulls[reader] = Pull(digest, now)
         return chunk

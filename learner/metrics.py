@@ -72,6 +72,7 @@ CURVES = {
     "weights/apply_s": "how long a generator stood still to load one",
     "weights/bytes": "size of a snapshot",
     "generator/*": "one generator's numbers, by its id",
+    "generators/*": "the same over all generators, where there are more than 64: least, mean and most",
 }
 
 

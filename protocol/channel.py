@@ -1,8 +1,9 @@
 """One DEALER socket with requests and answers: every request has a deadline, and is repeated until it is answered.
 
 Used by generators, learner ranks and tools, inside an asyncio loop. One task reads; nobody cancels a receive (that
-can lose a message), only the future that waits for it. That a slow line is not filled with answers to repeated
-requests, while those to the first are still under way, rests on `_is_lost`.
+can lose a message), only the future that waits for it. What was asked is lost when its connection broke or when the
+broker has answered what was asked later, since it answers in order; silence alone says nothing, for one answer may be
+under way for long. That a slow line is never filled with answers to repeated requests rests on `_answered`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from protocol.sockets import connect_dealer
 
 log = logging.getLogger("tether.channel")
 
-REPEAT_S = 6.0  # a parked request is answered after 5 s at the latest; what may be lost is asked again after this
+REPEAT_S = 6.0  # a parked request is answered after 5 s at the latest; this often we look whether it was lost
 RENEW_S = 18.0  # after so much silence the socket is replaced: there may be a new peer behind a dead connection
 
 
@@ -34,8 +35,7 @@ class _Request:
     """A question that waits for its answer."""
 
     answer: asyncio.Future[Frames]
-    place: int = 0  # in the order in which questions were sent
-    sent_at: float = 0.0
+    place: int = 0  # in the order in which questions were sent; 0: it was not
 
 
 class Channel:
@@ -49,7 +49,7 @@ class Channel:
         self._sequence = itertools.count(1)
         self._waiting: dict[int, _Request] = {}
         self._sent = 0  # questions so far, repeated ones too
-        self._answered = 0  # the latest place that an answer came to: what was sent earlier and has none was lost
+        self._answered = 0  # what was sent up to this place and has no answer was lost
         self._connect()
 
     async def request(self, message: Message, *, epoch: int, session: int, timeout_s: float, what: str) -> Frames:
@@ -58,10 +58,11 @@ class Channel:
         frames = encode(message, Header(epoch, session, sequence))
         request = self._waiting[sequence] = _Request(asyncio.get_running_loop().create_future())
         clock = asyncio.get_running_loop().time
-        deadline = clock() + timeout_s
+        asked_at = clock()
+        deadline = asked_at + timeout_s
         try:
             while True:
-                if self._is_lost(request):
+                if request.place <= self._answered:
                     await self._send(request, frames, deadline)
                 done, _ = await asyncio.wait([request.answer], timeout=max(0.0, min(REPEAT_S, deadline - clock())))
                 if done:
@@ -70,48 +71,48 @@ class Channel:
                     raise PeerTimeout(
                         f"waited {timeout_s:.0f} s for {what} from the broker at {self.address}, no answer came"
                     )
-                if clock() - self._heard_at >= RENEW_S:
+                if clock() - max(self._heard_at, asked_at) >= RENEW_S:
                     self._reconnect()
         finally:
             self._waiting.pop(sequence, None)
 
     async def close(self) -> None:
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        self._socket.close(linger=0)
+        tasks = self._reader, self._watcher
+        self._disconnect()
+        await asyncio.wait(tasks)
 
     def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
         self._socket = connect_dealer(self._context, self.address, self._key)
-        self._heard_at = asyncio.get_running_loop().time()  # or made anew, so that many requests do not take turns
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._heard_at = loop.time()  # or made anew, so that many requests do not take turns
         self._answered = self._sent  # what the socket before was asked, nobody will answer
-        self._reader = asyncio.get_running_loop().create_task(self._read(self._socket))
+        self._reader = loop.create_task(self._read(self._socket))
+        self._watcher = loop.create_task(self._watch(self._monitor))
+
+    def _disconnect(self) -> None:
+        self._reader.cancel()
+        self._watcher.cancel()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
 
     def _reconnect(self) -> None:
         log.info("nothing heard from %s for %.0f s: connecting anew", self.address, RENEW_S)
-        self._reader.cancel()
-        self._socket.close(linger=0)
+        self._disconnect()
         self._connect()
-
-    def _is_lost(self, request: _Request) -> bool:
-        """Whether to send it (again): the broker is silent, or has answered what was asked later.
-
-        As long as it only answers what was asked before, ours is in its queue behind that.
-        """
-        heard_at = max(self._heard_at, request.sent_at)
-        return self._answered >= request.place or asyncio.get_running_loop().time() - heard_at >= REPEAT_S
 
     async def _send(self, request: _Request, frames: list[bytes | memoryview], deadline: float) -> None:
         self._sent += 1
-        request.place, request.sent_at = self._sent, asyncio.get_running_loop().time()
-        with contextlib.suppress(zmq.ZMQError):  # not sent is the same as lost: it is repeated
-            sending = self._socket.send_multipart(frames)
-            try:  # waited for, not awaited: replacing the socket cancels what it has not sent, which must not cancel us
-                await asyncio.wait([sending], timeout=max(0.01, min(REPEAT_S, deadline - request.sent_at)))
-            finally:
-                sending.cancel()
-            if not sending.cancelled():
-                sending.result()
+        request.place = self._sent
+        sending = self._socket.send_multipart(frames)
+        try:  # waited for, not awaited: replacing the socket cancels what it has not sent, which must not cancel us
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait([sending], timeout=max(0.01, min(REPEAT_S, left)))
+        finally:
+            sending.cancel()
+        if sending.cancelled() or sending.exception() is not None:
+            request.place = 0  # not sent is the same as lost: it is repeated
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -129,3 +130,9 @@ class Channel:
                 request.answer.set_result(frames)
             elif frames.header.sequence == 0 and self._on_push is not None:
                 self._on_push(frames)
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # the socket was replaced
+            while True:
+                await monitor.recv_multipart()
+                self._answered = self._sent  # what went through that connection; the next one is made by itself

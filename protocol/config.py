@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from protocol.messages import MAX_NAME, MAX_REWARDS, MAX_RUNNING
+from protocol.rewards import shown_name
 from protocol.types import SamplingParams
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -243,8 +245,8 @@ class GeneratorConfig(Section):
     """Generator processes that `launch/cluster.py` starts. 0: only standalone ones that connect."""
     engine: Literal["vllm", "transformers", "fake"] = "vllm"
     """What samples: vLLM, the slow transformers oracle, or the fake engine of the tests."""
-    max_running: PositiveInt = 64
-    """Completions that one generator runs at a time."""
+    max_running: Annotated[int, Field(ge=1, le=MAX_RUNNING)] = 64
+    """Completions that one generator runs at a time. For more than its limit start more generators."""
     recompute_cache: bool = True
     """After a weight update, running requests re-prefill with the new weights. False: they keep their old cache."""
     restarts: NonNegativeInt = 5
@@ -376,6 +378,7 @@ class Config(Section):
         self._algorithm_rules()
         if not self.rewards.functions:
             raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
+        self._check_rewards_fit_a_result()
         return self
 
     def _algorithm_rules(self) -> None:
@@ -402,11 +405,30 @@ class Config(Section):
                 f"a KL in the reward is a reward of each token, which {algorithm.advantage} does not have; set "
                 f"kl.place loss, or algorithm.advantage to one of {', '.join(per_token)}"
             )
+        if algorithm.advantage == "remax" and self.staleness.at_bound is AtBound.SPLIT:
+            raise ValueError(
+                "remax compares with a greedy completion, which a group that is split at the bound may not have yet; set "
+                "staleness.at_bound wait"
+            )
         if corrections.low > corrections.high:
             raise ValueError(
                 f"importance weights are kept between corrections.low and corrections.high, got "
                 f"{corrections.low:g} and {corrections.high:g}"
             )
+
+    def _check_rewards_fit_a_result(self) -> None:
+        names = [shown_name(function.use) for function in self.rewards.functions]
+        if len(names) > MAX_REWARDS:
+            raise ValueError(
+                f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "
+                "the sum of several, or shorten rewards.functions"
+            )
+        for name in names:
+            if len(name) > MAX_NAME:
+                raise ValueError(
+                    f"a reward's name may have {MAX_NAME} characters, got {len(name)}: {name[:40]}...; give the "
+                    "function or its file a shorter name in rewards.functions"
+                )
 
     def steps_for(self, num_rows: int) -> int:
         """T, the training steps of a run over so many rows."""

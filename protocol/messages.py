@@ -35,6 +35,8 @@ PROTOCOL_VERSION = 3
 
 MAX_NAME = 128
 MAX_TEXT = 4096
+MAX_RUNNING = 4096  # leases of one generator
+MAX_REWARDS = 64  # reward functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class Beat(Message):
     detail: Text = ""
     for_s: Seconds = 0.0
     """How long it has been in this state."""
-    leases: list[Triple] = Field(default=[], max_length=4096, fail_fast=True)
+    leases: list[Triple] = Field(default=[], max_length=MAX_RUNNING, fail_fast=True)
     """Generator: (prompt, attempt, tokens so far) of every lease it holds."""
     numbers: dict[Name, float] = Field(default={}, max_length=256)
     """Generator: its statistics; learner rank 0: the last step's metrics."""
@@ -286,7 +288,7 @@ class Result(Message):
     finish_reason: Literal["stop", "length"] = "stop"
     spans: list[Triple] = Field(default=[], max_length=4096, fail_fast=True)
     reward: float = 0.0
-    rewards: dict[Name, float | None] = Field(default={}, max_length=64)
+    rewards: dict[Name, float | None] = Field(default={}, max_length=MAX_REWARDS)
     has_observed: bool = False
     tokens: I32
     behavior_logprobs: F32

@@ -57,9 +57,10 @@ class SnapshotPart:
     """
 
     def __init__(self, folder: Path, num_bytes: int, create: bool) -> None:
-        self._folder, self._place = folder, _aside(folder)
+        self.folder, self._place = folder, _aside(folder)
         flags = os.O_RDWR
         if create:
+            _require_room(folder.parent, num_bytes)
             self._place.mkdir(mode=0o700)
             flags |= os.O_CREAT | os.O_EXCL
         weights = os.open(self._place / WEIGHTS_FILE, flags, 0o600)
@@ -68,41 +69,46 @@ class SnapshotPart:
                 os.posix_fallocate(weights, 0, num_bytes)  # a full memory is an error here; later it would be a signal
             self.data: Bytes = np.frombuffer(mmap.mmap(weights, num_bytes), dtype=np.uint8)
         except OSError as error:
+            if not create:
+                raise SnapshotError(f"{num_bytes} bytes of {self._place} cannot be mapped: {error.strerror}") from error
             shutil.rmtree(self._place)
-            raise SnapshotError(f"no room for {num_bytes} bytes in {self._place}: {error.strerror}") from error
+            raise _no_room(self._place, num_bytes, error) from error
         finally:
             os.close(weights)
         if create:
             assert self._lock(), f"{self._place} was just made"
 
     def publish(self, manifest: bytes) -> Path:
-        """Give the folder its name and let readers in."""
-        (self._place / MANIFEST_FILE).write_bytes(manifest)
-        os.rename(self._place, self._folder)
-        self._place = self._folder
-        os.close(self._writing)
-        return self._folder
+        """Give the folder its name and let readers in. Raises SnapshotError if there is no room; try again then."""
+        try:
+            (self._place / MANIFEST_FILE).write_bytes(manifest)
+        except OSError as error:
+            raise _no_room(self._place, len(manifest), error) from error
+        os.rename(self._place, self.folder)
+        self._place = self.folder
+        self._unlock()
+        return self.folder
 
     def take_back(self) -> bool:
         """Take the name from a published folder, to fill it anew; False: somebody reads it."""
         if not self._lock():
             return False
         os.unlink(self._place / MANIFEST_FILE)
-        self._move(_aside(self._folder))
+        self._move(_aside(self.folder))
         return True
 
     def rename(self, folder: Path) -> None:
         """Let `publish` give it this name."""
-        self._folder = folder
+        self.folder = folder
         self._move(_aside(folder))
 
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self._place)
-        os.close(self._writing)
+        self._unlock()
 
     def _lock(self) -> bool:
-        """Through an open file of its own, which the mapping does not keep: closing it lets the lock go."""
+        """Through an open file of its own, which the mapping does not keep."""
         writing = os.open(self._place / WEIGHTS_FILE, os.O_RDWR)
         try:
             fcntl.flock(writing, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,9 +118,26 @@ class SnapshotPart:
         self._writing = writing
         return True
 
+    def _unlock(self) -> None:
+        """By name: closing alone would leave it to a process that is being started and has a copy of every file."""
+        fcntl.flock(self._writing, fcntl.LOCK_UN)
+        os.close(self._writing)
+
     def _move(self, place: Path) -> None:
         os.rename(self._place, place)
         self._place = place
+
+
+def _require_room(place: Path, num_bytes: int) -> None:
+    """Raise SnapshotError if there is too little: allocating in vain takes for a moment all that others could have."""
+    room = os.statvfs(place)
+    free = room.f_bavail * room.f_frsize
+    if room.f_blocks and free < num_bytes:  # no blocks: a memory without a limit of its own
+        raise SnapshotError(f"no room for {num_bytes} bytes in {place}: {free} are free")
+
+
+def _no_room(place: Path, num_bytes: int, error: OSError) -> SnapshotError:
+    return SnapshotError(f"no room for {num_bytes} bytes in {place}: {error.strerror}")
 
 
 def _aside(folder: Path) -> Path:

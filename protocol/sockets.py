@@ -20,6 +20,7 @@ from protocol.messages import Role
 
 ZAP_DOMAIN = "tether"
 MAX_FRAME_BYTES = 9 << 20  # a little over the codec's largest frame; a larger one closes the connection
+SILENCE_S = 30.0  # after it a host is dead; more than a channel waits, for a large message on a slow line is silence
 SEND_QUEUE = 4096  # messages towards one peer; a peer that reads slower loses answers and asks again
 
 
@@ -140,6 +141,6 @@ def _common(socket: Any) -> None:
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
     socket.setsockopt(zmq.RCVHWM, SEND_QUEUE)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)  # a dead host is noticed by the io thread
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 6000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, int(SILENCE_S * 1000))
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)

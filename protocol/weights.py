@@ -203,6 +203,11 @@ class SnapshotWriter:
         self._part = SnapshotPart(folder, layout[-1].offset + layout[-1].nbytes, create)
         self.take_back, self.rename, self.discard = self._part.take_back, self._part.rename, self._part.discard
 
+    @property
+    def folder(self) -> Path:
+        """The name that it has, or will have."""
+        return self._part.folder
+
     def view(self, spec: TensorSpec) -> Bytes:
         """The writable bytes of one tensor."""
         return self._part.data[spec.offset : spec.offset + spec.nbytes]

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from broker.batches import admits, choose
+from broker.batches import admits, choose, is_enough
 from broker.leases import Grant, OpenLease
 from protocol.types import LeaseKind
 from tests.simulation.generator import answer
@@ -42,6 +42,20 @@ def open_lease(prompt: int, deadline: int, is_complete: bool) -> OpenLease:
 
 def deadlines(leases: list[OpenLease]) -> tuple[int, ...]:
     return tuple(sorted(lease.grant.deadline for lease in leases))
+
+
+def num_by_deadline(leases: list[OpenLease]) -> Counter[int]:
+    return Counter(lease.grant.deadline for lease in leases)
+
+
+def batch_of(
+    opened: list[OpenLease], splittable: list[OpenLease], last_deadline: int, size: int, step: int, num_groups: int
+) -> list[OpenLease] | None:
+    """What the step takes; None while it has to wait."""
+    ready = [lease for lease in opened if lease.complete or lease in splittable]
+    num_open, num_ready = num_by_deadline(opened), num_by_deadline(ready)
+    enough = is_enough(num_open, num_ready, step, last_deadline, size, num_groups)
+    return choose(ready, num_groups) if enough else None
 
 
 @cache
@@ -85,7 +99,7 @@ def test_a_batch_is_cut_exactly_when_some_batch_leaves_a_plan_for_the_rest() -> 
             for batch in combinations(ready, num_groups)
             if can_be_trained([one for one in leases if one not in batch], STEP + 1, last, size)
         ]
-        chosen = choose(leases, splittable, STEP, last, size, num_groups)
+        chosen = batch_of(leases, splittable, last, size, STEP, num_groups)
         told = f"P {size}, to offer {num_to_offer}, ready {[o.grant.prompt for o in ready]} of {deadlines(leases)}"
         if chosen is None:
             assert not batches, f"{told}: waits, but {batches[0]} could go"
@@ -102,14 +116,17 @@ def test_a_lease_is_granted_exactly_when_a_plan_for_it_and_all_others_exists() -
     for size, last, leases in scenes():
         for deadline in range(STEP, last + 1):
             one_more = [*leases, open_lease(len(leases), deadline, False)]
-            is_granted = admits(leases, deadline, STEP, last, size)
+            is_granted = admits(num_by_deadline(leases), deadline, STEP, last, size)
             assert is_granted == can_be_trained(one_more, STEP, last, size), f"{deadline} beside {deadlines(leases)}"
             num_granted, num_refused = num_granted + is_granted, num_refused + (not is_granted)
     assert min(num_granted, num_refused) > 500
 
 
 class PlanMachine(RuleBasedStateMachine):
-    """Leases by `admits`, cuts by `choose`; groups finish in any order, or are lost. A plan exists at all times."""
+    """Leases by `admits`, cuts by `is_enough` and `choose`; groups finish in any order, or are lost.
+
+    A plan exists at all times.
+    """
 
     @initialize(size=st.integers(1, 3), bound=st.integers(0, 3), steps=st.integers(1, 8))
     def start(self, size: int, bound: int, steps: int) -> None:
@@ -123,11 +140,14 @@ class PlanMachine(RuleBasedStateMachine):
     def last_deadline(self) -> int:
         return min(self.step + self.bound, self.steps - 1)
 
+    def next_batch(self) -> list[OpenLease] | None:
+        return batch_of(self.open, [], self.last_deadline, self.size, self.step, self.size)
+
     @rule(lag=st.integers(0, 3), wanted=st.integers(1, 12))
     def lease(self, lag: int, wanted: int) -> None:
         deadline = min(self.step - min(lag, self.step) + self.bound, self.steps - 1)
         while wanted and deadline >= self.step:
-            if not admits(self.open, deadline, self.step, self.last_deadline, self.size):
+            if not admits(num_by_deadline(self.open), deadline, self.step, self.last_deadline, self.size):
                 return
             self.open.append(open_lease(self.num_offered, deadline, False))
             self.num_offered, wanted = self.num_offered + 1, wanted - 1
@@ -150,7 +170,7 @@ class PlanMachine(RuleBasedStateMachine):
     @rule()
     def cut(self) -> None:
         if self.step < self.steps:
-            batch = choose(self.open, [], self.step, self.last_deadline, self.size, self.size)
+            batch = self.next_batch()
             for lease in batch or []:
                 assert lease.grant.deadline >= self.step, f"{lease.grant} comes too late for step {self.step}"
                 self.open.remove(lease)
@@ -167,7 +187,7 @@ class PlanMachine(RuleBasedStateMachine):
     def what_is_finished_never_blocks_the_next_batch(self) -> None:
         """With everything finished and enough of it, there is nothing left to wait for."""
         if hasattr(self, "open") and len(self.open) >= self.size and all(lease.complete for lease in self.open):
-            assert choose(self.open, [], self.step, self.last_deadline, self.size, self.size) is not None
+            assert self.next_batch() is not None
 
 
 TestPlanMachine = PlanMachine.TestCase

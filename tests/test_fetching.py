@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 from actors.model_files import MAX_FILE_BYTES, fetch_model_files
-from actors.snapshot_source import SnapshotSource
+from actors.snapshot_source import CHUNKS_IN_FLIGHT, SnapshotSource
 from protocol.errors import ProtocolError, SnapshotError
 from protocol.messages import Bytes, FetchChunk, FetchFile, FetchManifest, ManifestAnswer, Message, Welcome
 from protocol.weights import CHUNK_BYTES, Snapshot, SnapshotWriter, lay_out
@@ -57,9 +60,13 @@ def serving(made: Snapshot, path: str = "", spoil: Callable[[int], Message | Non
     return Session(answer)
 
 
-def fetched(session: Session, staging: Path) -> Snapshot:
+def source_of(session: Session, staging: Path) -> SnapshotSource:
     staging.mkdir(exist_ok=True)
-    return asyncio.run(SnapshotSource(session, staging, 10.0).fetch(3))  # type: ignore[arg-type]
+    return SnapshotSource(session, staging, 10.0)  # type: ignore[arg-type]
+
+
+def fetched(session: Session, staging: Path) -> Snapshot:
+    return asyncio.run(source_of(session, staging).fetch(3))
 
 
 def test_on_the_same_host_the_learners_file_is_used_in_place(tmp_path: Path) -> None:
@@ -99,8 +106,7 @@ def test_a_version_that_vanishes_under_the_pull_is_said_to_be_gone_and_gives_way
         if index == 1:
             raise ProtocolError("chunk", "not to be had any more")
 
-    source = SnapshotSource(serving(gone, spoil=vanish), staging, 10.0)  # type: ignore[arg-type]
-    staging.mkdir()
+    source = source_of(serving(gone, spoil=vanish), staging)
     with pytest.raises(SnapshotError, match=r"chunk 1 of \w{12} is not to be had"):
         asyncio.run(source.fetch(3))
     source._session = serving(newest)  # type: ignore[assignment]
@@ -116,8 +122,7 @@ def test_a_chunk_that_is_not_what_the_manifest_says_is_refused_and_those_before_
     made, staging = snapshot(tmp_path / "v3"), tmp_path / "staging"
     lies = [Bytes(data=made.chunk(0))]
     session = serving(made, spoil=lambda index: lies.pop() if index == 1 and lies else None)
-    source = SnapshotSource(session, staging, 10.0)  # type: ignore[arg-type]
-    staging.mkdir()
+    source = source_of(session, staging)
     with pytest.raises(SnapshotError, match=r"chunk 1 of snapshot .* does not match its digest"):
         asyncio.run(source.fetch(3))
     copy = asyncio.run(source.fetch(3))
@@ -143,13 +148,83 @@ def test_a_version_that_nobody_has_any_more_is_said_to_be_gone(tmp_path: Path) -
 
 def test_only_pulled_snapshots_are_freed_after_use(tmp_path: Path) -> None:
     made = snapshot(tmp_path / "v3")
-    source = SnapshotSource(serving(made), tmp_path / "staging", 10.0)  # type: ignore[arg-type]
-    (tmp_path / "staging").mkdir()
+    source = source_of(serving(made), tmp_path / "staging")
     pulled = asyncio.run(source.fetch(3))
-    source.discard(made)
-    source.discard(pulled)
+    asyncio.run(source.discard(made))
+    asyncio.run(source.discard(pulled))
     assert made.folder.exists()
     assert not pulled.folder.exists()
+
+
+def test_what_was_pulled_and_not_used_is_kept_until_other_weights_are_pulled(tmp_path: Path) -> None:
+    made, newest, staging = snapshot(tmp_path / "v3"), snapshot(tmp_path / "v4", seed=1), tmp_path / "staging"
+    session = serving(made)
+    source = source_of(session, staging)
+    asyncio.run(source.fetch(3))
+    again = asyncio.run(source.fetch(3))
+    again.verify()
+    assert (again.digest, session.chunks()) == (made.digest, [0, 1, 2])
+    source._session = serving(newest)  # type: ignore[assignment]
+    copy = asyncio.run(source.fetch(4))
+    assert list(staging.iterdir()) == [copy.folder]
+    assert copy.digest == newest.digest
+
+
+def test_a_pull_that_finds_no_room_for_its_manifest_asks_for_no_chunk_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = snapshot(tmp_path / "v3")
+    session = serving(made)
+    source = source_of(session, tmp_path / "staging")
+
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("protocol.snapshot_file.Path.write_bytes", fail)
+        with pytest.raises(SnapshotError, match="No space left on device"):
+            asyncio.run(source.fetch(3))
+    asyncio.run(source.fetch(3)).verify()
+    assert session.chunks() == [0, 1, 2]
+
+
+def test_gigabytes_are_made_and_removed_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = snapshot(tmp_path / "v3"), snapshot(tmp_path / "v4", seed=1)
+    source = source_of(serving(first, spoil=lambda index: Bytes(data=np.zeros(1, np.uint8))), tmp_path / "staging")
+    threads: list[threading.Thread] = []
+
+    def noting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any, **named: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*given, **named)
+
+        return noted
+
+    monkeypatch.setattr("protocol.snapshot_file.os.posix_fallocate", noting(os.posix_fallocate))
+    monkeypatch.setattr("protocol.snapshot_file.shutil.rmtree", noting(shutil.rmtree))
+    with pytest.raises(SnapshotError):
+        asyncio.run(source.fetch(3))
+    source._session = serving(second)  # type: ignore[assignment]
+    asyncio.run(source.discard(asyncio.run(source.fetch(4))))
+    assert len(threads) == 4, "made twice and removed twice"
+    assert threading.main_thread() not in threads
+
+
+def test_more_chunks_are_asked_for_at_once_as_long_as_they_come_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.weights.CHUNK_BYTES", 1 << 20)
+    made, num_in_flight = snapshot(tmp_path / "v3"), list[int]()
+
+    def slower(index: int) -> None:
+        num_in_flight.append(source._num_in_flight)
+        if index == 6:
+            monkeypatch.setattr("actors.snapshot_source.SLOW_S", 0.0)
+
+    source = source_of(serving(made, spoil=slower), tmp_path / "staging")
+    asyncio.run(source.fetch(3)).verify()
+    assert (len(num_in_flight), num_in_flight[0], max(num_in_flight)) == (10, 1, CHUNKS_IN_FLIGHT)
+    assert source._num_in_flight == 1
 
 
 # --- The model's files

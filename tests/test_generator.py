@@ -102,6 +102,7 @@ class Source:
         self.open = asyncio.Event()
         self.open.set()
         self.asked: list[int] = []
+        self.discarded: list[int] = []
 
     async def fetch(self, version: int) -> Snapshot:
         self.asked.append(version)
@@ -110,8 +111,8 @@ class Source:
             raise SnapshotError("gone")
         return self.made[version]
 
-    def discard(self, snapshot: Snapshot) -> None:
-        pass
+    async def discard(self, snapshot: Snapshot) -> None:
+        self.discarded.append(snapshot.version)
 
 
 class Scorer:
@@ -297,6 +298,8 @@ def test_an_evaluation_that_begins_while_weights_are_fetched_keeps_its_version(t
             await until(lambda: len(stage.session.results) == 1, "it is answered")
             assert [span[0] for span in stage.session.results[0].spans] == [0]
             await until(lambda: stage.engine.held is not None and stage.engine.held.version == 1, "version 1 follows")
+            await until(lambda: 1 in stage.source.discarded, "it is of no use any more")
+            assert (stage.source.asked.count(1), stage.source.discarded) == (2, [0, 1]), "what came too early was kept"
 
     play(scene())
 
@@ -403,6 +406,8 @@ def test_leases_of_the_next_epoch_are_dropped_when_weights_of_the_last_one_come_
             await until(lambda: bool(stage.generator._running), "a lease of the next epoch came")
             await until(lambda: not stage.generator._loading, "version 1 is loaded")
             await until(lambda: not stage.generator._running, "the lease is dropped")
+            await until(lambda: bool(stage.session.released), "it is handed back: silence would keep its place")
+            assert [(one.number, one.attempt, one.failed) for one in stage.session.released] == [(0, 1, False)]
             assert stage.session.results == []
 
     play(scene())

@@ -9,6 +9,7 @@ import pytest
 
 from protocol.messages import (
     Bye,
+    Done,
     Evaluate,
     FetchChunk,
     FetchFile,
@@ -16,6 +17,7 @@ from protocol.messages import (
     Leases,
     Pull,
     Release,
+    Result,
     Role,
     Wait,
 )
@@ -240,3 +242,38 @@ def test_a_snapshots_place_is_told_to_its_own_host_alone(tmp_path: Path) -> None
     far.hello(host="there")
     paths = [peer.ask(FetchManifest(version=0)).path for peer in (near, far, unknown)]  # type: ignore[union-attr]
     assert paths == ["/v0", "", ""]
+
+
+def test_a_result_asks_again_for_those_who_wait_only_when_its_group_is_done(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path)
+    broker.learner()
+    generator = broker.generator()
+    lease, failing, broken = generator.leases(0)[:3]
+
+    def changes(message: Result) -> bool:
+        broker.service.changed = False
+        generator.deliver(message)
+        return broker.service.changed
+
+    assert [changes(generator.result(lease, sample)) for sample in (0, 1, 1, 2)] == [False, False, False, True]
+    assert [changes(generator.error(failing, sample, "no answer")) for sample in range(3)] == [False, False, True]
+    assert changes(generator.result(broken, 9)), "a sample that was never asked for ends its lease"
+    assert not changes(generator.result(lease, 0, epoch=1))
+
+
+def test_a_result_that_makes_a_split_batch_ready_asks_again_for_the_learner(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path, batch={"prompts": 1}, staleness={"max": 0, "at_bound": "split"})
+    learner, generator = broker.learner(), broker.generator()
+    lease = generator.leases(0)[0]
+    generator.deliver(generator.result(lease, 0))
+    assert isinstance(learner.take(0), Wait)
+    broker.service.changed = False
+    generator.deliver(generator.result(lease, 1))
+    assert broker.service.changed
+    assert learner.take(0).prompts.tolist() == [lease.number] * 2
+
+
+def test_a_lease_can_be_handed_back_to_a_broker_that_knows_nothing(tmp_path: Path) -> None:
+    """It was restarted since: nothing is leased, and nobody has to end for it."""
+    release = Release(number=1, attempt=1, reason="the weights have moved on", failed=False)
+    assert BrokerAlone(tmp_path).generator().ask(release) == Done()

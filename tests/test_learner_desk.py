@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgpack
 
+from broker.peers import MAX_PEERS
+from protocol.codec import Header, decode, encode
 from protocol.messages import (
     MAX_NAME,
     Advance,
@@ -215,3 +217,39 @@ def test_a_run_that_ends_before_its_last_step_is_evaluated_and_complete(tmp_path
     generator.evaluate(1)
     assert learner.take(1) == Finished(kind="complete")
     assert [evaluation["version"] for evaluation in learner.beat().evaluations] == [1]
+
+
+def numbers_of(broker: BrokerAlone, learner: Peer, num_generators: int) -> dict[str, float]:
+    """What the first page says of one generator that works and others that only report, as it arrives behind a wire."""
+    generator = broker.generator("g0")
+    for lease in generator.leases(0):
+        generator.answer(lease)
+    for n in range(1, num_generators):
+        hello = generator.introduction(name=f"g{n}", incarnation=n)
+        broker.run.peers.admit(1000 + n, "key", hello, broker.now)
+    for n, peer in enumerate(broker.run.peers.of_role(Role.GENERATOR)):
+        peer.numbers = dict.fromkeys(
+            ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s"), n + 1.0
+        )
+    page = decode([bytes(frame) for frame in encode(learner.take(0), Header(1, 1, 1))]).message
+    assert isinstance(page, SharePage)
+    return page.numbers
+
+
+def test_the_first_page_of_a_batch_arrives_however_many_generators_there_are(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path)
+    numbers = numbers_of(broker, broker.learner(), MAX_PEERS)
+    assert not [name for name in numbers if name.startswith("generator/")]
+    together = {name: value for name, value in numbers.items() if name.startswith("generators/")}
+    for name in ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s"):
+        spread = [together.pop(f"generators/{name}_{what}") for what in ("min", "mean", "max")]
+        assert spread == [1.0, (MAX_PEERS + 1) / 2, MAX_PEERS]
+    assert together == {}
+    assert numbers["weights/apply_s"] == (MAX_PEERS + 1) / 2
+
+
+def test_each_of_a_few_generators_has_curves_of_its_own(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path)
+    numbers = numbers_of(broker, broker.learner(), 64)
+    assert [numbers[f"generator/g{n}/kv_usage"] for n in range(64)] == [n + 1.0 for n in range(64)]
+    assert not [name for name in numbers if name.startswith("generators/")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median_high
 
@@ -60,14 +61,20 @@ class LeaseMachine(RuleBasedStateMachine):
         before = self.known.get(session)
         self.known[session] = Known(room, self.now, latencies=before.latencies if before else [])
 
-    @rule(data=st.data(), kind=st.sampled_from(LeaseKind), samples=st.integers(1, 4), alone=st.booleans())
-    def hand_out(self, data: st.DataObject, kind: LeaseKind, samples: int, alone: bool) -> None:
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(LeaseKind),
+        samples=st.integers(1, 4),
+        deadline=st.integers(0, 2),
+        alone=st.booleans(),
+    )
+    def hand_out(self, data: st.DataObject, kind: LeaseKind, samples: int, deadline: int, alone: bool) -> None:
         if not self.known:
             return
         session = data.draw(st.sampled_from(sorted(self.known)))
         attempt = self.table.new_attempt()
         assert all(attempt > earlier for earlier in self.diary), f"attempt {attempt} is not a new one"
-        grant = Grant(kind, len(self.diary), attempt, samples, 0, 0, alone=alone)
+        grant = Grant(kind, len(self.diary), attempt, samples, 0, deadline, alone=alone)
         assert self.table.hand_out(grant, self.table.generators[session], self.now) is grant
         place = "aside" if kind is LeaseKind.EVALUATE else "open"
         self.diary[attempt] = Entry(grant, session, self.now, self.now, place=place)
@@ -157,6 +164,12 @@ class LeaseMachine(RuleBasedStateMachine):
         assert [(lease.grant.attempt, set(lease.handed_over)) for lease in self.table.remainders] == remainders
         evaluations = [entry.grant for entry in aside if entry.grant.kind is LeaseKind.EVALUATE]
         assert [lease.grant for lease in self.table.evaluations] == evaluations
+
+    @invariant()
+    def what_is_open_and_finished_is_counted_by_deadline(self) -> None:
+        opened = [entry for entry in self.diary.values() if entry.place == "open"]
+        assert self.table.num_open == Counter(entry.grant.deadline for entry in opened)
+        assert self.table.num_finished == Counter(entry.grant.deadline for entry in opened if not entry.runs)
 
     @invariant()
     def every_generator_owes_what_the_diary_says(self) -> None:

@@ -170,6 +170,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for number, card in enumerate(self.clerk.cards):
             luck = (card.failures, card.crashes) if card.state in OPEN else (0, 0)
             assert (self.ledger.failures(number), self.ledger.crashes(number)) == luck
+        for at_least in (1, 2):
+            often = [n for n in self.clerk.standing("queued") if self.clerk.cards[n].crashes >= at_least]
+            assert self.ledger.queued_after_crashes(at_least) == often
 
     @invariant()
     def more_than_one_percent_of_bad_prompts_is_too_much(self) -> None:

@@ -72,6 +72,7 @@ def test_a_curve_that_the_table_does_not_explain_is_refused(tmp_path: Path) -> N
     writer.close()
     assert lines(tmp_path) == []
     assert all(map(is_known, ("reward/gsm8k", "time/training", "generator/g0/tokens_per_s", "ledger/trained")))
+    assert is_known("generators/running_min")
     assert not any(map(is_known, ("policy/other", "reward", "mismatch/")))
 
 

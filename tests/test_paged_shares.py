@@ -27,7 +27,6 @@ def long_result(generator: RawPeer, lease: LeaseItem, sample: int) -> Result:
     rng = np.random.default_rng([lease.number, sample])
     return Result(
         epoch=generator.epoch,
-        evaluation=False,
         prompt=lease.number,
         attempt=lease.attempt,
         sample=sample,

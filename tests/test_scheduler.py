@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from broker.leases import Refusal
@@ -219,3 +225,43 @@ def test_the_description_says_who_holds_what_and_why_who_waits() -> None:
     assert (told["generators"]["b"]["waits"], told["generators"]["b"]["waits_s"]) == ("at_bound", 6.0)
     assert told["open_by_deadline"] == {"0": 0, "1": 4}
     assert told["learner_waits_for"] == "0 of 2 groups finished, 4 open"
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """How many functions a piece of work calls: what it costs, the same on every machine."""
+    calls = Counter[str]()
+    before = sys.getprofile()
+    gc.disable()  # what it calls is not the work's
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    return calls["call"] + calls["c_call"]
+
+
+def test_asking_in_vain_costs_the_same_however_many_groups_are_open() -> None:
+    costs = set()
+    for size in (2, 500):
+        full, paced = fresh(prompts_per_step=size), fresh(prompts_per_step=size, max_staleness=9, pacing_margin=2.0)
+        for scheduler in (full, paced):
+            finish(scheduler, *grants(scheduler, room=4 * size)[:size], now=1.0)
+            train(scheduler, now=2.0)
+            grants(scheduler, version=1, now=2.0)
+        assert [refusal(one, 1, who="b", now=3.0) for one in (full, paced)] == [Refusal.AT_BOUND, Refusal.PACING]
+        asking = [num_calls(lambda one=one: refusal(one, 1, who="b", now=3.0)) for one in (full, paced)]
+        costs.add((*asking, num_calls(lambda one=paced: one.ready)))
+    assert len(costs) == 1, f"calls of a pull at the bound, of one beyond its pace, of the learner's question: {costs}"
+
+
+def test_a_lease_costs_the_same_however_many_prompts_are_queued() -> None:
+    """So it is after every restart: all that was open goes out again."""
+    costs = set()
+    for size in (4, 500):
+        lost = fresh(prompts_per_step=size)
+        grants(lost, room=2 * size)
+        restored = Scheduler(replace(PLAIN, prompts_per_step=size), Ledger.restore(lost.ledger.snapshot()))
+        grants(restored, room=2)
+        costs.add(num_calls(lambda s=restored: grants(s, room=2)))
+    assert len(costs) == 1, f"{costs} calls"

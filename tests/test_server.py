@@ -15,12 +15,13 @@ from broker.outcome import Later
 from broker.server import Server
 from protocol.addresses import Addresses
 from protocol.codec import Frames, Header, decode, encode
-from protocol.errors import ProtocolError
+from protocol.errors import PeerTimeout, ProtocolError
 from protocol.keys import read_client_key
 from protocol.messages import Done, Hello, Message, Pull, Refused, Role, StatusRequest, Take, Wait, Welcome
 from protocol.session import Session
-from protocol.sockets import connect_dealer
+from protocol.sockets import AllowList, connect_dealer
 from tests.engines import until
+from tests.lines import Line, arrived
 from tests.wire import SmallService, serving
 
 GRANTED = Wait(reason="granted")  # stands for an answer that hands something out
@@ -237,6 +238,28 @@ def test_no_answer_of_a_broker_that_was_replaced_reaches_who_asked(tmp_path: Pat
         asyncio.run(talk(addresses))
 
 
+def test_after_an_idle_time_a_question_waits_as_long_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.channel.REPEAT_S", 0.05)
+
+    async def talk(addresses: Addresses) -> None:
+        key = read_client_key(tmp_path / "keys" / "generator.key")
+        hello = Hello(role="generator", name="g", incarnation=1)
+        session = await Session.open(addresses, key, lambda: hello, timeout_s=10.0)
+        session._bulk._heard_at -= 100.0  # so long ago the last answer came
+        socket = session._bulk._socket
+        with pytest.raises(PeerTimeout):
+            await session.ask(PULL, bulk=True, timeout_s=0.3)
+        assert session._bulk._socket is socket
+        await session.close()
+
+    service = Parking()
+    with serving(tmp_path, service) as (addresses, _):
+        asyncio.run(talk(addresses))
+    assert service.num_asked == 1
+
+
 def test_many_silent_requests_renew_their_socket_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each renewal drops what the others have just sent: taking turns, they would never be heard."""
     monkeypatch.setattr("protocol.channel.REPEAT_S", 0.2)
@@ -272,3 +295,39 @@ def test_many_silent_requests_renew_their_socket_once(tmp_path: Path, monkeypatc
         asyncio.run(talk(addresses))
     assert renewed[1] - renewed[0] >= 0.55
     assert len(renewed) <= 4
+
+
+class Clock:
+    """Stands for the time module."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_those_who_wait_get_at_most_half_of_the_servers_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to ask again for all of them, others have as long a turn in between."""
+    clock = Clock()
+    monkeypatch.setattr("broker.server.time", clock)
+    service = Parking()
+
+    def answer(message: Message, header: Any, role: Any) -> Any:
+        clock.now += 0.01 if isinstance(message, Pull) else 0.001
+        return Later(Wait(reason="not yet")) if isinstance(message, Pull) else Done()
+
+    service.answer = answer
+    control, bulk = Line(), Line()
+    server = Server(control, bulk, AllowList({"key": Role.GENERATOR}), service)  # type: ignore[arg-type]
+    control.waiting.extend(arrived(b"g", encode(PULL, Header(1, session, 1)), "key") for session in range(1, 31))
+    while control.waiting:
+        server.turn([control])  # type: ignore[list-item]
+    for line in (control, bulk):
+        line.waiting.extend(arrived(b"g", encode(StatusRequest(), Header(1, 1, n)), "key") for n in range(1, 1001))
+    for _ in range(2):
+        before, num_left = clock.now, len(bulk.waiting)
+        service.changed = True
+        server.turn([control, bulk])  # type: ignore[list-item]
+    assert clock.now - before == pytest.approx(3 * 0.3, abs=0.02)
+    assert num_left - len(bulk.waiting) == pytest.approx(300, abs=2)

@@ -17,6 +17,7 @@ import zmq
 
 from broker.outcome import Later
 from protocol.addresses import Addresses
+from protocol.channel import RENEW_S
 from protocol.errors import ConfigError, PeerTimeout, PreflightError, ProtocolError, RunLocked
 from protocol.keys import ClientKey, make_run_keys, read_client_key, read_server_key
 from protocol.messages import (
@@ -33,7 +34,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.session import Session
-from protocol.sockets import AllowList, bind_router, self_test, start_authenticator
+from protocol.sockets import AllowList, bind_router, connect_dealer, self_test, start_authenticator
 from tests.engines import until
 from tests.wire import SmallService, free_addresses, serving
 
@@ -199,6 +200,21 @@ def test_a_taken_port_is_named_with_what_to_do(tmp_path: Path) -> None:
         ):
             bind_router(context, addresses.control, read_server_key(tmp_path))
         context.destroy(linger=0)
+
+
+def test_one_large_message_on_a_slow_line_is_no_dead_connection(tmp_path: Path) -> None:
+    """While it arrives no heartbeat does, so the io threads must be more patient than a channel."""
+    make_run_keys(tmp_path)
+    context: zmq.Context[Any] = zmq.Context()
+    address = free_addresses().control
+    ends = [
+        bind_router(context, address, read_server_key(tmp_path)),
+        connect_dealer(context, address, key_of(tmp_path, Role.GENERATOR)),
+    ]
+    for end in ends:
+        for option in (zmq.HEARTBEAT_TIMEOUT, zmq.HEARTBEAT_TTL):
+            assert end.getsockopt(option) > 1000 * RENEW_S
+    context.destroy(linger=0)
 
 
 def test_the_self_test_passes_on_a_guarded_socket_and_fails_on_an_open_one(tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from protocol.codec import Header, decode, encode
 from protocol.config import Config
 from protocol.errors import ConfigError
+from protocol.messages import Beat, Result
+from protocol.rewards import shown_name
 from protocol.setting_names import describe, known_keys
 from protocol.settings import Value, build, from_environment, from_text, load, read_recipe, read_saved
 
@@ -198,3 +202,28 @@ def test_settings_load_without_any_heavy_library() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
     )
     assert result.stderr.strip() in ("", "0")
+
+
+def functions(*uses: str) -> list[Value]:
+    return [Value("rewards.functions", [{"use": use} for use in uses], "--reward")]
+
+
+def test_what_a_message_could_not_carry_is_refused_before_anything_runs() -> None:
+    said = message(functions(*(f"r.py:f{n}" for n in range(65))))
+    assert said.startswith("at most 64 reward functions can be told apart, got 65; let one function return the sum")
+    said = message(functions("gsm8k", f"folder/{'r' * 100}.py:{'n' * 28}"))
+    assert said.startswith(f"a reward's name may have 128 characters, got 129: {'r' * 40}...; give the function or")
+    said = message([from_text("generators.max_running", "4097", "--max-running")])
+    assert said.startswith("generators.max_running must be less than or equal to 4096, got 4097 (--max-running)")
+    assert "start more generators" in said
+
+
+def test_what_the_settings_allow_fits_the_messages() -> None:
+    uses = [f"folder/{'r' * 100}.py:{n:027}" for n in range(64)]
+    built = build(functions(*uses), [from_text("generators.max_running", "4096", "--max-running")]).config
+    rewards = {shown_name(function.use): 1.0 for function in built.rewards.functions}
+    nothing = {"tokens": np.zeros(0, np.int32), "behavior_logprobs": np.zeros(0, np.float32)}
+    result = Result(epoch=1, prompt=1, attempt=1, sample=0, rewards=rewards, observed=np.zeros(0, np.bool_), **nothing)
+    beat = Beat(state="generating", leases=[(n, n, n) for n in range(built.generators.max_running)])
+    for sent in (result, beat):
+        decode([bytes(frame) for frame in encode(sent, Header(1, 1, 1))])

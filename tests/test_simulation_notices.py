@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from broker.batches import num_due
+from broker.batches import each_num_due
 from broker.groups import Groups
 from broker.leases import LeaseTable, OpenLease
 from broker.ledger import Ledger, LedgerSnapshot
@@ -26,23 +27,29 @@ sound_result, sound_restart = SimulatedBroker.result, SimulatedBroker._restore
 sound_apply, sound_resume = SimulatedGenerator._apply, Cluster._resume
 
 
-def admits_one_too_many(
-    opened: Collection[OpenLease], deadline: int, next_step: int, last_deadline: int, size: int
-) -> bool:
-    return all(num_due(opened, d) <= (d - next_step + 1) * size for d in range(deadline, last_deadline + 1))
+def admits_one_too_many(num_open: Counter[int], deadline: int, next_step: int, last_deadline: int, size: int) -> bool:
+    steps = range(deadline, last_deadline + 1)
+    return all(num <= (d - next_step + 1) * size for d, num in zip(steps, each_num_due(num_open, steps), strict=True))
 
 
 def admits_by_its_own_deadline(
-    opened: Collection[OpenLease], deadline: int, next_step: int, last_deadline: int, size: int
+    num_open: Counter[int], deadline: int, next_step: int, last_deadline: int, size: int
 ) -> bool:
-    return num_due(opened, deadline) < (deadline - next_step + 1) * size
+    return next(each_num_due(num_open, range(deadline, deadline + 1))) < (deadline - next_step + 1) * size
 
 
-def chooses_what_is_done(
-    opened: Collection[OpenLease], splittable: Collection[OpenLease], step: int, last: int, size: int, num_groups: int
-) -> list[OpenLease] | None:
-    done = [lease for lease in opened if lease.complete or lease in splittable]
-    return done[:num_groups] if len(done) >= num_groups else None
+def is_enough_without_what_is_due(
+    num_open: Counter[int], num_ready: Counter[int], step: int, last_deadline: int, size: int, num_groups: int
+) -> bool:
+    return num_ready.total() >= num_groups
+
+
+def chooses_the_latest(ready: Iterable[OpenLease], num_groups: int) -> list[OpenLease]:
+    return sorted(ready, key=lambda lease: -lease.grant.deadline)[:num_groups]
+
+
+def forgets_who_left(self: LeaseTable, lease: OpenLease) -> None:
+    del self.open[lease.grant.attempt]
 
 
 def repeats_attempts(self: LeaseTable) -> int:
@@ -82,7 +89,9 @@ def resumes_without_its_ledger(self: Cluster, learned: Learned) -> None:
 BREAKS: dict[str, tuple[str, Any]] = {
     "one group too many is admitted": ("broker.scheduler.admits", admits_one_too_many),
     "admission forgets the later deadlines": ("broker.scheduler.admits", admits_by_its_own_deadline),
-    "a batch does not wait for what must go": ("broker.scheduler.choose", chooses_what_is_done),
+    "a batch does not wait for what must go": ("broker.scheduler.is_enough", is_enough_without_what_is_due),
+    "a batch takes the latest deadlines": ("broker.scheduler.choose", chooses_the_latest),
+    "groups that left are counted as open": ("broker.leases.LeaseTable._leaves_open", forgets_who_left),
     "a lost grant is never missed": ("broker.leases.LeaseTable.expired", lambda self, now: []),
     "the silent are never given up": ("broker.leases.LeaseTable.silent", lambda self, now: []),
     "attempts repeat": ("broker.leases.LeaseTable.new_attempt", repeats_attempts),

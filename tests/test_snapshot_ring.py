@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from bench import publish as bench_publish
+from launch.restarts import HOPELESS
 from learner.snapshot_ring import SnapshotRing
-from protocol.errors import SnapshotError
+from protocol.errors import PeerTimeout, SnapshotError
 from protocol.snapshot_file import WEIGHTS_FILE
 from protocol.weights import CHUNK_BYTES, Snapshot, lay_out
 
@@ -151,15 +152,39 @@ def test_when_memory_is_full_the_learner_waits_for_a_reader_to_let_go(
     assert list(standing(tmp_path / "snapshots")) == ["v1", "v2", "v3"]
 
 
-def test_when_memory_stays_full_the_learner_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_memory_stays_full_the_learner_says_who_is_read_and_a_restart_may_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ring = SnapshotRing(tmp_path / "snapshots", LAYOUT)
     readers = [Snapshot.open(publish(ring, version), version) for version in range(3)]
     monkeypatch.setattr("learner.snapshot_ring.ROOM_S", 0.1)
     monkeypatch.setattr("protocol.snapshot_file.os.posix_fallocate", raise_full)
-    with pytest.raises(SnapshotError, match=r"no room for \d+ bytes in .*v3\.part: No space left on device"):
+    words = r"waited 0 s for room for snapshot v3 in .*: the broker or a generator of this host still reads v0, v1$"
+    with pytest.raises(PeerTimeout, match=words) as caught:
         ring.begin(3)
+    assert caught.value.exit_code not in HOPELESS
     for reader in readers:
         reader.verify()
+
+
+def test_when_memory_is_full_and_nobody_reads_the_learner_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = SnapshotRing(tmp_path / "snapshots", LAYOUT)
+    monkeypatch.setattr("protocol.snapshot_file.os.posix_fallocate", raise_full)
+    with pytest.raises(SnapshotError, match=r"no room for \d+ bytes in .*v0\.part: No space left on device"):
+        ring.begin(0)
+    assert standing(tmp_path / "snapshots") == {}
+
+
+def test_what_cannot_fit_is_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocating in vain would take, for a moment and again and again, all the memory that others could have."""
+    ring = SnapshotRing(tmp_path / "snapshots", lay_out([("w", "float32", (1 << 50,))]))
+    allocated: list[int] = []
+    monkeypatch.setattr("protocol.snapshot_file.os.posix_fallocate", lambda *how: allocated.append(how[-1]))
+    with pytest.raises(SnapshotError, match=rf"no room for {1 << 52} bytes in .*snapshots: \d+ are free"):
+        ring.begin(0)
+    assert allocated == []
 
 
 def test_what_an_earlier_run_left_is_removed_and_only_this_user_can_read(tmp_path: Path) -> None:

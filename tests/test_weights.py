@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -134,6 +135,44 @@ def test_a_wrong_chunk_is_refused_and_still_missing(tmp_path: Path) -> None:
     assert assembly.missing == {0, 1}
     with pytest.raises(AssertionError, match="2 chunks have not come yet"):
         assembly.finish(0)
+
+
+def test_a_helper_that_fails_leaves_the_first_ones_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = SnapshotWriter(tmp_path / "a", LAYOUT)
+    first.view(LAYOUT[0])[:] = 1
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("protocol.snapshot_file.mmap.mmap", fail)
+        with pytest.raises(SnapshotError, match=r"\d+ bytes of .*a\.part cannot be mapped: Cannot allocate memory"):
+            SnapshotWriter(tmp_path / "a", LAYOUT, create=False)
+    first.finish(0).verify()
+
+
+def test_no_room_for_the_manifest_is_an_error_after_which_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SnapshotWriter(tmp_path / "a", LAYOUT)
+
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("protocol.snapshot_file.Path.write_bytes", fail)
+        with pytest.raises(SnapshotError, match=r"no room for \d+ bytes in .*a\.part: No space left on device"):
+            writer.finish(0)
+    writer.finish(0).verify()
+
+
+def test_readers_are_let_in_while_a_process_that_is_being_started_has_a_copy_of_every_file(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path / "a", LAYOUT)
+    copy = os.dup(writer._part._writing)  # the same open file, as behind a fork
+    try:
+        writer.finish(0).verify()
+    finally:
+        os.close(copy)
 
 
 def test_no_room_is_an_error_not_a_signal(tmp_path: Path) -> None:

@@ -163,12 +163,15 @@ class SimulatedBroker:
     def result(self, session: int, epoch: int, of_epoch: int, trajectory: Trajectory) -> Status:
         """`of_epoch`: that the lease was given in."""
         peer = self._admitted(session, epoch)
-        self.changed = True
         if of_epoch != self.epoch:
             return Status.STALE_EPOCH
         if not self._holds(peer, trajectory.attempt, trajectory.prompt):
             return Status.LATE
-        status = self._now().finished(trajectory, self._world.now)
+        scheduler = self._now()
+        lease = scheduler.leases.find(trajectory.attempt)
+        assert lease is not None
+        status = scheduler.finished(trajectory, self._world.now)
+        self.changed = self.changed or scheduler.may_answer_others(lease)
         self._settle()
         return Status(status.value)
 

@@ -184,6 +184,7 @@ class SimulatedGenerator:
             running.num_left -= 1
             if not running.num_left:
                 del self.running[running.grant.attempt]
+            self.play()
 
     def _deliver_from_the_dead(self, running: Running, result: Trajectory) -> None:
         """What a dead process had sent already: it cannot say hello again."""

@@ -30,7 +30,10 @@ def check_ledger(scheduler: Scheduler, books: Books) -> None:
 def check_bound(scheduler: Scheduler) -> None:
     """N(d) <= (d - next + 1) * P for every d that has a group."""
     size, step, num_open = scheduler.settings.prompts_per_step, scheduler.next_step, 0
-    by_deadline = Counter(lease.grant.deadline for lease in scheduler.leases.open.values())
+    leases = scheduler.leases
+    by_deadline = Counter(lease.grant.deadline for lease in leases.open.values())
+    finished = Counter(lease.grant.deadline for lease in leases.open.values() if lease.complete)
+    assert (leases.num_open, leases.num_finished) == (by_deadline, finished), "groups are counted wrongly by deadline"
     for deadline in sorted(by_deadline):
         num_open += by_deadline[deadline]
         room = (deadline - step + 1) * size

@@ -86,11 +86,14 @@ class WatchedScheduler(Scheduler):
 
     def finished(self, trajectory: Trajectory, now: float) -> ResultStatus:
         attempt = trajectory.attempt
-        lease = self.leases.find(attempt)
+        lease, was_ready = self.leases.find(attempt), self.ready
         status = super().finished(trajectory, now)
         watched = self._watched.get(attempt)
         if lease is not None and lease.complete:
             self.answered.add(attempt)
+        if self.ready and not was_ready:
+            assert lease is not None
+            assert self.may_answer_others(lease), f"the learner is not told that {trajectory} made its batch ready"
         if status is ResultStatus.ACCEPTED and watched is not None:
             assert trajectory.sample not in watched.accepted, f"{trajectory} was accepted twice"
             watched.accepted[trajectory.sample] = trajectory
