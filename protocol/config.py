@@ -407,7 +407,7 @@ class Config(Section):
             )
         if algorithm.advantage == "remax" and self.staleness.at_bound is AtBound.SPLIT:
             raise ValueError(
-                "remax compares with a greedy completion, which a group that is split at the bound may not have yet; set "
+                "remax compares with a greedy completion, which a group that is split may not have yet; set "
                 "staleness.at_bound wait"
             )
         if corrections.low > corrections.high:
