@@ -86,10 +86,11 @@ class Scheduler:
         `version`: -1 for none. `newer_available`: it could have the newest weights at once.
         """
         generator = self.leases.generators.setdefault(session, Generator(session))
-        generator.pulls(version, room, now)
+        is_known = version <= self.version
+        generator.pulls(version if is_known else -1, room, now)  # no evaluation waits for weights that nobody made
         self._restart_evaluation_if_unanswerable()
         grants: list[Grant] = []
-        answer = self._next_lease(generator, newer_available, now)
+        answer = self._next_lease(generator, newer_available, now) if is_known else Refusal.UNKNOWN_VERSION
         while isinstance(answer, Grant):
             grants.append(answer)
             answer = self._next_lease(generator, newer_available, now)
@@ -104,8 +105,6 @@ class Scheduler:
             return Refusal.STOPPED
         if version < 0:
             return Refusal.NO_VERSION
-        if version > self.version:
-            return Refusal.UNKNOWN_VERSION
         if generator.runs_alone:
             return Refusal.ALONE
         if self.evaluation and generator.room > 0 and (grant := self.evaluation.lease(generator, now)):

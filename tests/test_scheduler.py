@@ -13,6 +13,7 @@ import pytest
 from broker.leases import Refusal
 from broker.ledger import Ledger
 from broker.scheduler import Scheduler
+from protocol.types import LeaseKind
 from tests.schedules import PLAIN, PLENTY, finish, fresh, grants, prompts, refusal, train
 
 # Admission
@@ -265,3 +266,14 @@ def test_a_lease_costs_the_same_however_many_prompts_are_queued() -> None:
         grants(restored, room=2)
         costs.add(num_calls(lambda s=restored: grants(s, room=2)))
     assert len(costs) == 1, f"{costs} calls"
+
+
+def test_no_evaluation_waits_for_a_generator_that_only_said_it_held_its_version() -> None:
+    scheduler = fresh(version=1)
+    assert refusal(scheduler, version=2, who="liar") is Refusal.UNKNOWN_VERSION
+    finish(scheduler, *grants(scheduler, version=1))
+    train(scheduler)
+    scheduler.evaluate([0])
+    train(scheduler)
+    [grant, *_] = grants(scheduler, version=3)
+    assert (grant.kind, grant.version) == (LeaseKind.EVALUATE, 3)

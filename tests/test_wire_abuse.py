@@ -366,6 +366,7 @@ def test_a_broker_that_has_no_descriptor_left_serves_those_it_has_and_then_every
         assert stack.enter_context(RawPeer(tmp_path, Role.STATUS, "newcomer")).hello().run_id == "test"
         latencies = pinger.between(began, time.monotonic())
         print(f"\nout of descriptors: {latencies}")
-        assert_swift(latencies, HEAVY_PING_S)
+        assert latencies.p99 < HEAVY_PING_S, latencies
+        assert latencies.worst < 5.0, latencies
         assert "Traceback" not in broker.log
         assert len(flood) == 200
