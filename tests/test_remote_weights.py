@@ -66,6 +66,8 @@ def test_a_bit_that_flips_under_way_is_refused_and_its_chunk_asked_for_again(mon
 
         def flip_up(_: SnapshotSource) -> None:
             wait_until(lambda: run.line.num_connections == 2, "the one with the other flip was left")
+            due = run.line.down.num_bytes + CHUNK_BYTES // 2
+            wait_until(lambda: run.line.down.num_bytes > due, "its handshake, with bytes that nobody reads, is over")
             run.line.up.flip_at.append(run.line.up.num_bytes + 100)
 
         run.pull(flip_up, after=3)
