@@ -13,6 +13,7 @@ import msgpack
 from broker.batches import TakenGroup
 from broker.metrics import batch_numbers
 from broker.outcome import Later
+from broker.outlook import learner_waits_for
 from broker.run_state import RunState
 from broker.shares import cut_shares
 from protocol.errors import ProtocolError, SnapshotError
@@ -138,7 +139,7 @@ class LearnerDesk:
         scheduler = self._run.scheduler_now()
         if question.step != scheduler.next_step:
             return f"version {question.step} is not announced yet"
-        return "the last evaluation" if scheduler.trained_out else scheduler.learner_waits_for()
+        return "the last evaluation" if scheduler.trained_out else learner_waits_for(scheduler)
 
     def _announce(self) -> None:
         """Generators hear of a version only once it is published and announced: never before the snapshot exists."""
