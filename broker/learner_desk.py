@@ -17,20 +17,8 @@ from broker.outlook import learner_waits_for
 from broker.run_state import RunState
 from broker.shares import cut_shares
 from protocol.errors import ProtocolError, SnapshotError
-from protocol.messages import (
-    MAX_NAME,
-    MAX_TEXT,
-    Advance,
-    Done,
-    Evaluate,
-    Finished,
-    Publish,
-    Role,
-    SharePage,
-    Take,
-    VersionHint,
-    Wait,
-)
+from protocol.fields import MAX_NAME, MAX_TEXT
+from protocol.messages import Advance, Done, Evaluate, Finished, Publish, Role, SharePage, Take, VersionHint, Wait
 from protocol.shares import split_pages
 from protocol.types import Group, Prompt
 
