@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from protocol.messages import MAX_TEXT, Release, Result
+from protocol.fields import MAX_TEXT
+from protocol.messages import Release, Result
 from protocol.types import Completion, Lease
 
 _NO_TOKENS = np.zeros(0, np.int32)

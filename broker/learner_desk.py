@@ -13,23 +13,12 @@ import msgpack
 from broker.batches import TakenGroup
 from broker.metrics import batch_numbers
 from broker.outcome import Later
+from broker.outlook import learner_waits_for
 from broker.run_state import RunState
 from broker.shares import cut_shares
 from protocol.errors import ProtocolError, SnapshotError
-from protocol.messages import (
-    MAX_NAME,
-    MAX_TEXT,
-    Advance,
-    Done,
-    Evaluate,
-    Finished,
-    Publish,
-    Role,
-    SharePage,
-    Take,
-    VersionHint,
-    Wait,
-)
+from protocol.fields import MAX_NAME, MAX_TEXT
+from protocol.messages import Advance, Done, Evaluate, Finished, Publish, Role, SharePage, Take, VersionHint, Wait
 from protocol.rewards import weighted_functions
 from protocol.shares import split_pages
 from protocol.types import Group, Prompt
@@ -149,7 +138,7 @@ class LearnerDesk:
         scheduler = self._run.scheduler_now()
         if question.step != scheduler.next_step:
             return f"version {question.step} is not announced yet"
-        return "the last evaluation" if scheduler.trained_out else scheduler.learner_waits_for()
+        return "the last evaluation" if scheduler.trained_out else learner_waits_for(scheduler)
 
     def _announce(self) -> None:
         """Generators hear of a version only once it is published and announced: never before the snapshot exists."""

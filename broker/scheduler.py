@@ -18,13 +18,11 @@ and no lease survives.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from broker.batches import Batch, ScheduleSettings, TakenGroup, admits, choose, each_num_due, is_enough
+from broker.batches import Batch, ScheduleSettings, TakenGroup, admits, choose, is_enough
 from broker.evaluation import Evaluation, EvaluationResult
 from broker.groups import Groups
 from broker.leases import Generator, Grant, LeaseTable, OpenLease, Refusal, ResultStatus, Wait
@@ -86,10 +84,11 @@ class Scheduler:
         `version`: -1 for none. `newer_available`: it could have the newest weights at once.
         """
         generator = self.leases.generators.setdefault(session, Generator(session))
-        generator.pulls(version, room, now)
+        is_known = version <= self.version
+        generator.pulls(version if is_known else -1, room, now)  # no evaluation waits for weights that nobody made
         self._restart_evaluation_if_unanswerable()
         grants: list[Grant] = []
-        answer = self._next_lease(generator, newer_available, now)
+        answer = self._next_lease(generator, newer_available, now) if is_known else Refusal.UNKNOWN_VERSION
         while isinstance(answer, Grant):
             grants.append(answer)
             answer = self._next_lease(generator, newer_available, now)
@@ -104,8 +103,6 @@ class Scheduler:
             return Refusal.STOPPED
         if version < 0:
             return Refusal.NO_VERSION
-        if version > self.version:
-            return Refusal.UNKNOWN_VERSION
         if generator.runs_alone:
             return Refusal.ALONE
         if self.evaluation and generator.room > 0 and (grant := self.evaluation.lease(generator, now)):
@@ -120,7 +117,7 @@ class Scheduler:
             return Refusal.NO_ROOM
         if not admits(leases.num_open, deadline, self.next_step, self.last_deadline, settings.prompts_per_step):
             return Refusal.AT_BOUND
-        if len(leases.open) + 1 > self.pace.limit(self._waited_s(now)):
+        if len(leases.open) + 1 > self.pace.limit(self.waited_s(now)):
             return Refusal.PACING
         if settings.gate_slow_generators and self._too_slow(generator, deadline, now):
             return Refusal.SLOW
@@ -349,36 +346,6 @@ class Scheduler:
         """(prompt, reason) of those given up, for the server to write down and clear."""
         return self.groups.quarantined
 
-    def _waited_s(self, now: float) -> float:
+    def waited_s(self, now: float) -> float:
         """How long the learner has been waiting for a batch that cannot be cut yet."""
         return 0.0 if self._returned_at is None or self.ready else now - self._returned_at
-
-    # --- What the console shows ---------------------------------------------------------------------------------------
-
-    def learner_waits_for(self) -> str:
-        """What the next batch lacks; "" while a step is in training, or nothing is lacking."""
-        if self.training is not None or self.ready or self.trained_out:
-            return ""
-        opened = self.leases.open.values()
-        num_finished = self.leases.num_finished.total()
-        due = [lease.grant.prompt for lease in opened if lease.grant.deadline == self.next_step and not lease.complete]
-        must = f"; no later step may train prompts {due[:8]}, which still run" if due else ""
-        return f"{num_finished} of {self.settings.prompts_per_step} groups finished, {len(opened)} open{must}"
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """Who holds what since when, and why who waits; plain values."""
-        steps = range(self.next_step, self.last_deadline + 1)
-        num_due = zip(steps, each_num_due(self.leases.num_open, steps), strict=True)  # N(d)
-        return {
-            "version": self.version,
-            "training": self.training,
-            "learner_waits_for": self.learner_waits_for(),
-            "open_by_deadline": {str(step): num for step, num in num_due},
-            "open_limit": limit if math.isfinite(limit := self.pace.limit(self._waited_s(now))) else None,
-            "group_latency_s": self.pace.latency_s.value,
-            "step_s": self.pace.step_s.value,
-            "remainders": len(self.leases.remainders),
-            "lost_samples": self.groups.num_lost_samples,
-            "evaluation": (self.evaluation.version, self.evaluation.num_missing) if self.evaluation else None,
-            "generators": {g.session: g.describe(now) for g in self.leases.generators.values()},
-        }

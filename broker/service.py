@@ -15,6 +15,7 @@ from typing import Any
 from broker.generator_desk import GeneratorDesk
 from broker.learner_desk import LearnerDesk
 from broker.outcome import Later
+from broker.outlook import describe
 from broker.peers import MAX_PEERS, Peer
 from broker.run_state import RunState
 from broker.watchdog import Watchdog
@@ -167,7 +168,7 @@ class Service:
             "num_steps": run.num_steps,
             "progress_s": round(now - run.progress_at, 1) if run.progress_at else 0.0,
             "ledger": scheduler.ledger.counts() if scheduler else {},
-            "scheduler": scheduler.describe(now) if scheduler else {},
+            "scheduler": describe(scheduler, now) if scheduler else {},
             "processes": [peer.describe(now) for peer in sorted(shown, key=lambda peer: (peer.role, peer.name))],
             "metrics": learner.numbers if learner else {},
             "evaluations": [{name: e[name] for name in ("version", "accuracy")} for e in run.evaluations],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 
+from broker.outlook import describe
 from broker.run_state import RunState
 
 log = logging.getLogger("tether.broker")
@@ -32,7 +33,7 @@ class Watchdog:
             log.warning(
                 "no progress for %.0f s: %s",
                 idle_s,
-                json.dumps({"peers": table, "leases": run.scheduler.describe(now)}),
+                json.dumps({"peers": table, "leases": describe(run.scheduler, now)}),
             )
         if idle_s > limits.stop_s:
             waiting = "; ".join(f"{peer.name}: {peer.state} {peer.detail}".strip() for peer in run.peers)

@@ -24,7 +24,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from protocol.errors import ProtocolError
-from protocol.messages import MESSAGES, PROTOCOL_VERSION, ArrayField, Hello, Message, Publish
+from protocol.fields import ArrayField
+from protocol.messages import MESSAGES, PROTOCOL_VERSION, Hello, Message, Publish
 
 MAGIC = b"TTHR"
 _HEADER = struct.Struct("<4sHHIHHQQQI")  # ends with the map's crc32

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from protocol.messages import MAX_NAME, MAX_REWARDS, MAX_RUNNING
+from protocol.fields import MAX_NAME, MAX_REWARDS, MAX_RUNNING
 from protocol.rewards import shown_name
 from protocol.types import SamplingParams
 

@@ -23,7 +23,6 @@ A field gets a default when it is added; none is renamed, reordered or retyped: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,37 +30,27 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from protocol.fields import (
+    BOOL,
+    F32,
+    I32,
+    MAX_REWARDS,
+    MAX_RUNNING,
+    MAX_TEXT,
+    U8,
+    ArrayField,
+    F32Cube,
+    F32Table,
+    FileEntry,
+    Name,
+    Natural,
+    Pair,
+    Seconds,
+    Text,
+    Triple,
+)
+
 PROTOCOL_VERSION = 3
-
-MAX_NAME = 128
-MAX_TEXT = 4096
-MAX_RUNNING = 4096  # leases of one generator
-MAX_REWARDS = 64  # reward functions
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayField:
-    """Marks a message field that travels as a raw frame."""
-
-    dtype: str
-    ndim: int = 1
-
-
-I32 = Annotated[NDArray[np.int32], ArrayField("int32")]
-F32 = Annotated[NDArray[np.float32], ArrayField("float32")]
-F32Table = Annotated[NDArray[np.float32], ArrayField("float32", ndim=2)]
-F32Cube = Annotated[NDArray[np.float32], ArrayField("float32", ndim=3)]
-U8 = Annotated[NDArray[np.uint8], ArrayField("uint8")]
-BOOL = Annotated[NDArray[np.bool_], ArrayField("bool")]
-
-Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
-Name = Annotated[str, Field(max_length=MAX_NAME)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-_FROM_LIST = Field(strict=False)  # msgpack has no tuples
-Pair = Annotated[tuple[Natural, Natural], _FROM_LIST]
-Triple = Annotated[tuple[Natural, Natural, Natural], _FROM_LIST]
-FileEntry = Annotated[tuple[Name, Natural, Name], _FROM_LIST]
 
 
 class Role(StrEnum):

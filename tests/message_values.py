@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as numpy_strategies
 from pydantic import AllowInfNan, BaseModel
 from pydantic.fields import FieldInfo
 
-from protocol.messages import ArrayField
+from protocol.fields import ArrayField
 
 FAR = 4  # elements of an unbounded or long list, map or text that hypothesis draws
 KINDS: dict[str, Any] = {

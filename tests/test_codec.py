@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from protocol.codec import Header, _decode_array, decode, encode
 from protocol.errors import ProtocolError
-from protocol.messages import MESSAGES, ArrayField, Hello, LeaseItem, Leases, Message, Pull, Result, Role
+from protocol.fields import ArrayField
+from protocol.messages import MESSAGES, Hello, LeaseItem, Leases, Message, Pull, Result, Role
 from tests.frames import damaged, repaired
 
 HEADER = Header(epoch=7, session=8, sequence=9)

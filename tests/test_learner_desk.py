@@ -9,8 +9,8 @@ import msgpack
 
 from broker.peers import MAX_PEERS
 from protocol.codec import Header, decode, encode
+from protocol.fields import MAX_NAME
 from protocol.messages import (
-    MAX_NAME,
     Advance,
     Evaluate,
     Finished,

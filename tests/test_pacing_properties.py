@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from broker.batches import ScheduleSettings
 from broker.leases import REMEMBERED_LATENCIES, Refusal, Wait
 from broker.ledger import Ledger
+from broker.outlook import describe
 from broker.scheduler import PROBE_EVERY_S, Scheduler
 from tests.simulation.generator import answer
 
@@ -108,7 +109,7 @@ class PacingMachine(RuleBasedStateMachine):
             self.pull("a", 100, 0.0)
             self.finish("a", 1000.0, 100, equal=False)
             self.train(1.0)
-            assert self.scheduler.version == version + 1, f"no batch: {self.scheduler.describe(self.now)}"
+            assert self.scheduler.version == version + 1, f"no batch: {describe(self.scheduler, self.now)}"
 
 
 TestPacingMachine = PacingMachine.TestCase

@@ -12,7 +12,8 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from protocol import messages
-from protocol.messages import MESSAGES, ArrayField, Done, Message, Refused, Role
+from protocol.fields import ArrayField
+from protocol.messages import MESSAGES, Done, Message, Refused, Role
 from tests.raw_peer import RawPeer
 from tests.wire import SmallService, serving
 

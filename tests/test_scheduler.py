@@ -12,7 +12,9 @@ import pytest
 
 from broker.leases import Refusal
 from broker.ledger import Ledger
+from broker.outlook import describe, learner_waits_for
 from broker.scheduler import Scheduler
+from protocol.types import LeaseKind
 from tests.schedules import PLAIN, PLENTY, finish, fresh, grants, prompts, refusal, train
 
 # Admission
@@ -100,7 +102,7 @@ def test_a_batch_takes_what_is_done_and_does_not_wait_for_a_straggler_before_its
     finish(scheduler, third)
     assert prompts(scheduler.take(0.0)) == [1, 2]
     finish(scheduler, first)
-    assert scheduler.learner_waits_for() == "", "a step is in training"
+    assert learner_waits_for(scheduler) == "", "a step is in training"
 
 
 def test_a_batch_waits_for_a_straggler_that_no_later_step_may_train() -> None:
@@ -110,7 +112,7 @@ def test_a_batch_waits_for_a_straggler_that_no_later_step_may_train() -> None:
     train(scheduler)
     finish(scheduler, *grants(scheduler, version=1))
     assert not scheduler.ready
-    assert scheduler.learner_waits_for() == (
+    assert learner_waits_for(scheduler) == (
         "3 of 2 groups finished, 4 open; no later step may train prompts [0], which still run"
     )
     finish(scheduler, straggler)
@@ -219,7 +221,7 @@ def test_the_description_says_who_holds_what_and_why_who_waits() -> None:
     scheduler.renew(grant.attempt, 55, now=4.0)
     assert refusal(scheduler, who="b", now=5.0) is Refusal.AT_BOUND
     refusal(scheduler, who="b", now=9.0)
-    told = scheduler.describe(now=11.0)
+    told = describe(scheduler, now=11.0)
     lease = told["generators"]["a"]["leases"][0]
     assert (lease["prompt"], lease["tokens"], lease["samples"], lease["for_s"]) == (0, 55, "0/2", 10.0)
     assert (told["generators"]["b"]["waits"], told["generators"]["b"]["waits_s"]) == ("at_bound", 6.0)
@@ -265,3 +267,14 @@ def test_a_lease_costs_the_same_however_many_prompts_are_queued() -> None:
         grants(restored, room=2)
         costs.add(num_calls(lambda s=restored: grants(s, room=2)))
     assert len(costs) == 1, f"{costs} calls"
+
+
+def test_no_evaluation_waits_for_a_generator_that_only_said_it_held_its_version() -> None:
+    scheduler = fresh(version=1)
+    assert refusal(scheduler, version=2, who="liar") is Refusal.UNKNOWN_VERSION
+    finish(scheduler, *grants(scheduler, version=1))
+    train(scheduler)
+    scheduler.evaluate([0])
+    train(scheduler)
+    [grant, *_] = grants(scheduler, version=3)
+    assert (grant.kind, grant.version) == (LeaseKind.EVALUATE, 3)

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from broker.batches import Batch, ScheduleSettings
 from broker.leases import Grant, ResultStatus, Wait
 from broker.ledger import Ledger
+from broker.outlook import describe
 from broker.scheduler import Scheduler
 from protocol.config import AtBound
 from protocol.types import LeaseKind
@@ -242,7 +243,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self._play_honestly()
         else:
-            raise AssertionError(f"no end is reached: {self.scheduler.describe(self.now)}")
+            raise AssertionError(f"no end is reached: {describe(self.scheduler, self.now)}")
         if self.scheduler.done and self.scheduler.num_steps_left:
             assert self.scheduler.ledger.num_settled == self.schedule.num_prompts, (
                 "the stream ended, prompts are missing"

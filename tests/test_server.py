@@ -14,6 +14,7 @@ import zmq
 from broker.outcome import Later
 from broker.server import Server
 from protocol.addresses import Addresses
+from protocol.channel import RENEW_S
 from protocol.codec import Frames, Header, decode, encode
 from protocol.errors import PeerTimeout, ProtocolError
 from protocol.keys import read_client_key
@@ -22,6 +23,7 @@ from protocol.session import Session
 from protocol.sockets import AllowList, connect_dealer
 from tests.engines import until
 from tests.lines import Line, arrived
+from tests.tcp_proxy import TcpProxy
 from tests.wire import SmallService, serving
 
 GRANTED = Wait(reason="granted")  # stands for an answer that hands something out
@@ -258,6 +260,28 @@ def test_after_an_idle_time_a_question_waits_as_long_as_any_other(
     with serving(tmp_path, service) as (addresses, _):
         asyncio.run(talk(addresses))
     assert service.num_asked == 1
+
+
+def test_a_question_whose_connection_broke_is_repeated_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the only one, so no later answer can tell that it was lost; long before the silence does, it is known."""
+    monkeypatch.setattr("protocol.channel.REPEAT_S", 0.05)
+    service = Parking()
+
+    async def talk(addresses: Addresses, line: TcpProxy) -> None:
+        key = read_client_key(tmp_path / "keys" / "generator.key")
+        hello = Hello(role="generator", name="g", incarnation=1)
+        through = Addresses(addresses.control, line.address)
+        session = await Session.open(through, key, lambda: hello, timeout_s=10.0)
+        asking = asyncio.create_task(session.ask(PULL, bulk=True, timeout_s=60.0))
+        await until(lambda: service.num_asked == 1, "it is asked")
+        line.cut()
+        await until(lambda: service.num_asked == 2, "it is asked again", timeout_s=RENEW_S / 2)
+        service.open()
+        assert await asking == GRANTED
+        await session.close()
+
+    with serving(tmp_path, service) as (addresses, _), TcpProxy(addresses.bulk) as line:
+        asyncio.run(talk(addresses, line))
 
 
 def test_many_silent_requests_renew_their_socket_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,16 +74,19 @@ def test_chunks_that_wait_for_slow_readers_keep_no_snapshot() -> None:
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+    readers: list[zmq.Socket[Any]] = []
     try:
         ring = SnapshotRing(shared / "snapshots", layout)
         for version in range(5):
             writer = ring.begin(version)
             assert len(list((shared / "snapshots").iterdir())) <= 3
+            writer.view(layout[0])[:] = version
             made = replace(writer.finish(version), data=np.empty(0, np.uint8))  # the learner does not read it
             place = {"path": str(made.folder), "host": "here"}
             publish = Publish(version=version, digest=made.digest, manifest=made.manifest.to_bytes(), **place)
             shelf.put(publish, oldest_useful=version - 2)
             reader = context.socket(zmq.DEALER)
+            readers.append(reader)
             reader.setsockopt(zmq.RCVHWM, 1)
             reader.setsockopt(zmq.RCVBUF, 4096)
             reader.connect(address)

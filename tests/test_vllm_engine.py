@@ -149,10 +149,11 @@ def distance(logprobs: np.ndarray, completion: Completion, start: int, end: int)
 
 async def update_in_flight(rig: Rig, questions: list[np.ndarray], sampling: SamplingParams) -> list[Completion]:
     """Let all questions run, give `rig` other weights in the middle, and return what came of them."""
+    rig.model = twin(rig.model, seed=100 + rig.version)
+    snapshot = rig.snapshot()  # made before: on a busy machine the completions would be over by then
     tasks = begin(rig.engine, questions, sampling)
     await all_reached(rig.engine, len(questions), 60)
-    rig.model = twin(rig.model, seed=100 + rig.version)
-    await rig.engine.load(rig.snapshot())
+    await rig.engine.load(snapshot)
     return list(await asyncio.gather(*tasks))
 
 

@@ -56,7 +56,7 @@ from protocol.weights import CHUNK_BYTES
 from tests.broker_process import BrokerProcess, run_on_disk
 from tests.frames import damaged, repaired, undermined
 from tests.pinger import Latencies, Pinger
-from tests.raw_peer import RawPeer
+from tests.raw_peer import IN_FLIGHT, RawPeer
 from tests.small_run import ScriptedLearner
 from tests.wire import wait_until
 
@@ -130,7 +130,7 @@ class Siege:
         return answer.status
 
     @contextmanager
-    def attack(self, what: str, limit_s: float = PING_S) -> Iterator[Counter[str]]:
+    def attack(self, what: str, limit_s: float = PING_S, more_memory: int = MORE_MEMORY) -> Iterator[Counter[str]]:
         """Whatever happens inside changes nothing but the counters of what was refused, which it returns."""
         before, refused = self.status(), Counter[str]()
         descriptors = self.broker.num_descriptors + 1  # weights are open while somebody pulls them
@@ -145,7 +145,7 @@ class Siege:
         assert lasting(after) == lasting(before)
         assert "Traceback" not in self.broker.log
         assert not refused["internal"]
-        assert grown < MORE_MEMORY
+        assert grown < more_memory
         assert_swift(latencies, limit_s)
         self.answer_one()
 
@@ -254,7 +254,7 @@ def test_a_ping_does_not_wait_until_the_weights_are_sent(siege: Siege) -> None:
         readers = [stack.enter_context(RawPeer(siege.folder, Role.GENERATOR)) for _ in range(4)]
         siege.liar.sockets, own = [reader.sockets[1] for reader in readers], siege.liar.sockets
         siege.liar.ask_all([chunk] * 4)
-        with siege.attack("100 chunks of 4 MiB, 16 in flight", HEAVY_PING_S):
+        with siege.attack("100 chunks of 4 MiB, 16 in flight", HEAVY_PING_S, more_memory=IN_FLIGHT * CHUNK_BYTES):
             answers = siege.liar.ask_all([chunk] * 100)
         siege.liar.sockets = own
     assert {len(answer.data) for answer in of_kind(answers, Bytes)} == {CHUNK_BYTES}
@@ -366,6 +366,7 @@ def test_a_broker_that_has_no_descriptor_left_serves_those_it_has_and_then_every
         assert stack.enter_context(RawPeer(tmp_path, Role.STATUS, "newcomer")).hello().run_id == "test"
         latencies = pinger.between(began, time.monotonic())
         print(f"\nout of descriptors: {latencies}")
-        assert_swift(latencies, HEAVY_PING_S)
+        assert latencies.p99 < HEAVY_PING_S, latencies
+        assert latencies.worst < 5.0, latencies
         assert "Traceback" not in broker.log
         assert len(flood) == 200

@@ -12,6 +12,7 @@ from typing import Any
 
 from broker.batches import ScheduleSettings
 from broker.leases import Grant
+from broker.outlook import describe
 from broker.scheduler import Scheduler
 from protocol.messages import Status
 from protocol.types import Trajectory
@@ -150,7 +151,7 @@ class Cluster:
             assert busy or self.broker.changed, f"everybody waits: {self._describe()}"
 
     def _describe(self) -> dict[str, Any]:
-        return self.broker.scheduler.describe(self.now) if self.broker.scheduler else {}
+        return describe(self.broker.scheduler, self.now) if self.broker.scheduler else {}
 
     def _check_the_end(self) -> None:
         scheduler, learned, seen = self._scheduler, self.learner.learned, self.world.seen
