@@ -60,7 +60,8 @@ class PolicyLoss:
         """
         settings, advantages = self._settings, batch.advantages
         clips = settings.clip_low, settings.clip_high
-        older, corrections = batch.proximal_logprobs, batch.corrections
+        older = batch.behavior_logprobs if settings.ratio == "behavior" else batch.proximal_logprobs
+        corrections = batch.corrections
         match settings.loss:
             case "ppo":
                 return surrogates.ppo(logprobs, older, advantages, *clips, settings.dual_clip), corrections

@@ -117,8 +117,7 @@ class Preparation:
         if fraction == 1:
             return -np.inf
         histogram = entropy_histogram(np.concatenate([np.zeros(0, np.float32), *map(_numpy, entropies)]))
-        summed = self._ranks.sum_across({f"{number:04}": count for number, count in enumerate(histogram.tolist())})
-        return entropy_threshold(np.array([summed[name] for name in sorted(summed)]), fraction)
+        return entropy_threshold(self._ranks.sum_array(histogram), fraction)
 
     def _mean_kl(self, rows: Sequence[Row]) -> float:
         sums = self._ranks.sum_across({"kl": float(sum(token_kl(row).sum() for row in rows))} | counts(rows))

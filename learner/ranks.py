@@ -16,6 +16,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from protocol.errors import ConfigError, PeerTimeout
 
@@ -72,6 +73,10 @@ class Ranks:
     def sum_across(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the ranks; all give the same names."""
         return self._by_name(values, dist.ReduceOp.SUM, "sum values")
+
+    def sum_array(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums over the ranks, element by element; all give the same shape."""
+        return self._reduced(values, dist.ReduceOp.SUM, "sum values")
 
     def max_across(self, values: Mapping[str, float]) -> dict[str, float]:
         """Largest values over the ranks; all give the same names."""

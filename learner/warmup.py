@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from learner.aggregation import Totals
 from learner.batches import Row, counts, pack
-from learner.losses import SupervisedLoss, Totals
+from learner.losses import SupervisedLoss
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.schedule import learning_rate

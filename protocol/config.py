@@ -114,6 +114,12 @@ class AlgorithmConfig(Section):
     """Lambda of gae."""
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce"] = "ppo"
     """What holds the policy near the one that sampled."""
+    ratio: Literal["proximal", "behavior"] = "proximal"
+    """What the loss's ratio is over: the policy before the batch (decoupled PPO), or the one that sampled the token.
+
+    With behavior there is nothing left to correct: it needs corrections.weight none. DPPO's ratio is always over the
+    policy that sampled, and reinforce has none.
+    """
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
@@ -409,6 +415,11 @@ class Config(Section):
             raise ValueError(
                 "remax compares with a greedy completion, which a group that is split may not have yet; set "
                 "staleness.at_bound wait"
+            )
+        if algorithm.ratio == "behavior" and corrections.weight != "none":
+            raise ValueError(
+                "a ratio over the policy that sampled corrects for it already, and importance weights would do so "
+                "twice; set corrections.weight none, or algorithm.ratio proximal"
             )
         if corrections.low > corrections.high:
             raise ValueError(

@@ -114,20 +114,21 @@ class Outcome:
         self.entropy_gradients |= dict(zip(places, entropies.grad.tolist(), strict=True))
 
 
-def slow_token(family: str, row: Row, place: int) -> tuple[Slow, float]:
+def slow_token(family: str, ratio: str, row: Row, place: int) -> tuple[Slow, float]:
     """(loss of one token before its correction, the factor its correction is)."""
     assert row.values is not None
-    assert row.proximal_logprobs is not None
+    older = row.behavior_logprobs if ratio == "behavior" else row.proximal_logprobs
+    assert older is not None
     assert row.advantages is not None
     assert row.corrections is not None
     now, advantage, factor = float(row.values[place]), float(row.advantages[place]), float(row.corrections[place])
-    log_ratio = now - float(row.proximal_logprobs[place])
+    log_ratio = now - float(older[place])
     if family in ("dppo_tv", "dppo_kl"):
         before, after = math.exp(float(row.behavior_logprobs[place])), math.exp(now)
         divergence = abs(after - before) if family == "dppo_tv" else slow_binary_kl(before, after)
         return slow_dppo(before, after, advantage, divergence), float(factor != 0)
     if family == "gspo":
-        log_ratio = sum(float(row.values[i]) - float(row.proximal_logprobs[i]) for i in row.kept) / len(row.kept)
+        log_ratio = sum(float(row.values[i]) - float(older[i]) for i in row.kept) / len(row.kept)
         return slow_clip(log_ratio, advantage, DUAL, 10.0), factor
     if family == "ppo":
         return slow_clip(log_ratio, advantage, DUAL, 20.0, -20.0), factor
@@ -148,18 +149,22 @@ def slow_weight(mode: str, row: Row, total: Totals) -> float:
     }[mode]
 
 
-@pytest.mark.parametrize(
-    ("family", "mode"), [*((family, "token_mean") for family in FAMILIES), *(("ppo", mode) for mode in MODES)]
-)
-def test_loss_gradient_and_clip_counts_equal_loops_over_tokens_however_the_batch_is_cut(family: str, mode: str) -> None:
+CASES = [(family, "token_mean", ratio) for family in FAMILIES for ratio in ("proximal", "behavior")]
+CASES += [("ppo", mode, "proximal") for mode in MODES]
+
+
+@pytest.mark.parametrize(("family", "mode", "ratio"), CASES)
+def test_loss_gradient_and_clip_counts_equal_loops_over_tokens_however_the_batch_is_cut(
+    family: str, mode: str, ratio: str
+) -> None:
     rows = rows_of_a_batch(8, 16)
     total = totals(rows)
-    settings = algorithm(loss=family, aggregation=mode)
+    settings = algorithm(loss=family, aggregation=mode, ratio=ratio)
     loss = PolicyLoss(settings, OFF, 0.0, Aggregation(settings, MAX_TOKENS, total))
     wanted, gradients, low, high, dual = 0.0, dict[Place, float](), 0, 0, 0
     for index, row in enumerate(rows):
         for place in row.kept:
-            token, factor = slow_token(family, row, place)
+            token, factor = slow_token(family, ratio, row, place)
             weight = factor * slow_weight(mode, row, total)
             wanted += weight * token.loss
             gradients[index, int(place)] = weight * token.gradient
@@ -263,7 +268,7 @@ def test_the_curves_say_how_far_the_current_policy_is_from_the_proximal_one() ->
         for place in row.kept:
             differences.append(float(row.values[place]) - float(row.proximal_logprobs[place]))
             entropies.append(float(row.returns[place]))
-            clipped.append(slow_token("ppo", row, place)[0])
+            clipped.append(slow_token("ppo", "proximal", row, place)[0])
     number = len(differences)
     ratios = [math.exp(difference) for difference in differences]
     assert curves == pytest.approx(

@@ -53,6 +53,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         "algorithm": {"advantage": "reinforce_plus_plus_baseline"},
         "kl": {"coef": 0.01, "form": "k2", "with_ratio": True, "reference_update_every": 1},
     },
+    "two policies": {"algorithm": {"ratio": "behavior", **SEVERAL_UPDATES}, "corrections": {"weight": "none"}},
     "gdpo": {"algorithm": {"advantage": "gdpo", "overlong": "punish", "overlong_buffer_tokens": 4}},
     "remax": {"algorithm": {"advantage": "remax"}},
     "gspo": {"algorithm": {"loss": "gspo", "aggregation": "sequence_mean_token_mean", **SEVERAL_UPDATES}},
