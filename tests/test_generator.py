@@ -140,6 +140,12 @@ class Stage:
         self.session.announce(made)
         await until(lambda: self.engine.held == HeldVersion(version, made.digest), f"version {version} is applied")
 
+    async def begin_to_fetch(self, version: int) -> None:
+        """And come no further before `source.open` is set."""
+        self.source.open.clear()
+        self.session.announce(self.make(version))
+        await until(lambda: self.source.asked[-1] == version, f"version {version} is being fetched")
+
     def lease(self, number: int = 3, attempt: int = 1, kind: str = "train", version: int = 0) -> None:
         item = LeaseItem.model_validate(
             {"kind": kind, "number": number, "row": 0, "attempt": attempt, "samples": 1 if kind == "evaluate" else 2}
@@ -289,9 +295,7 @@ def test_a_lease_that_is_revoked_while_its_result_is_under_way_ends_quietly(tmp_
 def test_an_evaluation_that_begins_while_weights_are_fetched_keeps_its_version(tmp_path: Path) -> None:
     async def scene() -> None:
         async with at_work(tmp_path, step_s=0.005) as stage:
-            stage.source.open.clear()
-            stage.session.announce(stage.make(1))
-            await until(lambda: stage.source.asked[-1] == 1, "version 1 is being fetched")
+            await stage.begin_to_fetch(1)
             stage.lease(0, attempt=1, kind="evaluate")
             await until(lambda: bool(stage.named("evaluate")), "the evaluation runs")
             stage.source.open.set()
@@ -360,9 +364,7 @@ def test_weights_that_were_fetched_for_another_epoch_are_not_applied(tmp_path: P
     async def scene() -> None:
         async with at_work(tmp_path, step_s=0.005) as stage:
             before = stage.session.newest
-            stage.source.open.clear()
-            stage.session.announce(stage.make(1))
-            await until(lambda: stage.source.asked[-1] == 1, "version 1 is being fetched")
+            await stage.begin_to_fetch(1)
             stage.session.newest = before  # a learner that resumed from version 0 holds nothing newer
             stage.session.restart()
             stage.lease(0, attempt=1)
@@ -381,9 +383,7 @@ def test_weights_older_than_a_lease_do_not_answer_it(tmp_path: Path) -> None:
         async with at_work(tmp_path, step_s=0.005) as stage:
             await stage.load(2)
             held = stage.session.newest
-            stage.source.open.clear()
-            stage.session.announce(stage.make(1))
-            await until(lambda: stage.source.asked[-1] == 1, "version 1 is being fetched")
+            await stage.begin_to_fetch(1)
             stage.session.newest = held
             stage.lease(0, attempt=1, version=2)
             await until(lambda: bool(stage.named("train")), "a lease of version 2 runs")
