@@ -152,7 +152,7 @@ class Siege:
 
 def assert_swift(latencies: Latencies, limit_s: float = PING_S) -> None:
     assert latencies.p99 < limit_s, latencies
-    assert latencies.worst < limit_s + latencies.jitter, latencies
+    assert latencies.worst < limit_s + 2 * latencies.jitter, latencies  # the pinger's own, and as much of the broker's
 
 
 def lasting(status: Any) -> Any:
