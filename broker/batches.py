@@ -26,6 +26,7 @@ class ScheduleSettings:
     num_prompts: int | None = None  # length of the prompt stream; None: it has no end
     at_bound: AtBound = AtBound.WAIT
     lease_ttl_s: float = 30.0
+    baseline_sample: int | None = None  # a group is of no use without this one: the greedy one of remax
     filter_equal_rewards: bool = False  # groups whose rewards are all equal are settled without training
     newest_first: bool = True  # no lease for a generator that could have newer weights at once
     pacing_margin: float | None = (

@@ -17,7 +17,8 @@ from broker.ledger import MAX_FAILURES, Ledger
 from broker.pacing import Pace
 from protocol.types import Trajectory
 
-BATCHES_WITHOUT_SIGNAL = 4  # so many batches' worth of groups filtered in a row end the run
+BATCHES_WITHOUT_SIGNAL = 4  # so many batches' worth of groups of equal rewards in a row end the run
+UNUSABLE_IN_A_ROW = 100  # so many prompts that cannot be used, one after the other, end it too
 EQUAL_REWARDS = "equal_rewards"  # why a group is filtered that no gradient comes from
 
 
@@ -38,23 +39,25 @@ class Groups:
         self._ledger = ledger
         self._leases = leases
         self._pace = pace
-        self._filtered_in_a_row = 0
+        self._equal_in_a_row = 0
+        self._unusable_in_a_row = 0
+        self._last_unusable = -1
 
     def complete(self, lease: OpenLease, latency_s: float) -> None:
         """Every sample is in, good or failed."""
         good = lease.good
         if lease.handed_over:
             self.end_remainder(lease)
-        elif len(good) < min(2, self._settings.group_size):
+        elif len(good) < min(2, self._settings.group_size) or self._lacks_baseline(lease):
             self._count_failure(lease, lease.errors[0])
         else:
             has_signal = not self._settings.filter_equal_rewards or not equal_rewards(good)
             self._pace.latency_s.add(latency_s)
             if has_signal:
                 self._ledger.finish(lease.grant.prompt)
-                self._filtered_in_a_row = 0
+                self._equal_in_a_row = 0
             else:
-                self.filter(lease, EQUAL_REWARDS)
+                self._filter_equal(lease)
 
     def lose(self, lease: OpenLease, crashed: bool) -> None:
         """A lease ends without its answer, and its prompt goes out again; a remainder keeps what it has."""
@@ -66,13 +69,27 @@ class Groups:
             self._leases.close(lease)
             self._ledger.requeue(lease.grant.prompt, crashed)
 
-    def filter(self, lease: OpenLease, reason: str) -> None:
-        """Settles a prompt without training it. Too many in a row, and the run has no signal."""
+    def filter_unusable(self, lease: OpenLease, reason: str) -> None:
+        """Settles a prompt that cannot be used. Too many in a row, or all there are, and nothing can be trained."""
+        prompt, settings = lease.grant.prompt, self._settings
         self._leases.close(lease)
-        self._ledger.filter(lease.grant.prompt, reason)
-        self._filtered_in_a_row += 1
-        if self._filtered_in_a_row >= BATCHES_WITHOUT_SIGNAL * self._settings.prompts_per_step:
-            self.verdict = f"no signal: {self._filtered_in_a_row} groups in a row were filtered, the last one: {reason}"
+        self._ledger.filter(prompt, reason)
+        self._unusable_in_a_row = self._unusable_in_a_row + 1 if prompt == self._last_unusable + 1 else 1
+        self._last_unusable = prompt
+        if self._unusable_in_a_row >= min(UNUSABLE_IN_A_ROW, settings.num_prompts or UNUSABLE_IN_A_ROW):
+            self.verdict = f"no usable prompt: {self._unusable_in_a_row} in a row were filtered, the last one: {reason}"
+
+    def _filter_equal(self, lease: OpenLease) -> None:
+        """Settles a prompt that no gradient comes from. Too many in a row, and the run has no signal."""
+        self._leases.close(lease)
+        self._ledger.filter(lease.grant.prompt, EQUAL_REWARDS)
+        self._equal_in_a_row += 1
+        if self._equal_in_a_row >= BATCHES_WITHOUT_SIGNAL * self._settings.prompts_per_step:
+            self.verdict = f"no signal: {self._equal_in_a_row} groups in a row had equal rewards and were filtered"
+
+    def _lacks_baseline(self, lease: OpenLease) -> bool:
+        sample = self._settings.baseline_sample
+        return sample is not None and bool(lease.results[sample].error)
 
     def end_remainder(self, lease: OpenLease) -> None:
         """What a remainder has goes into the next batch; its prompt is settled, so what it lost is not made again."""

@@ -103,6 +103,7 @@ class RunState:
             num_prompts=epochs_end,
             at_bound=config.staleness.at_bound,
             pacing_margin=config.staleness.pacing_margin if config.staleness.pacing else None,
+            baseline_sample=config.batch.group_size if config.algorithm.advantage == "remax" else None,
             filter_equal_rewards=config.algorithm.filter_equal_groups,
             lease_ttl_s=config.watchdog.lease_ttl_s,
             evaluate_at_end=config.evaluation.every > 0,

@@ -189,7 +189,7 @@ class Scheduler:
 
     def filtered(self, attempt: int, reason: str) -> None:
         """The server cannot use the prompt of this new lease (it is too long, say): settled, and counted by reason."""
-        self.groups.filter(self.leases.open[attempt], reason)
+        self.groups.filter_unusable(self.leases.open[attempt], reason)
 
     def released(self, attempt: int) -> None:
         """A lease comes back unanswered, drained or revoked: nobody's fault."""

@@ -76,14 +76,15 @@ def update_curves(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def reward_curves(share: Share) -> dict[str, float]:
-    """Of the whole batch: its reward table is in every share. A missing sample is NaN there and counts nowhere."""
-    table = share.rewards
-    present = ~np.isnan(table)
-    if not present.any():
+    """Of the whole batch: its reward table is in every share. A missing sample is NaN there and counts nowhere.
+
+    The part of a split group is compared with what its advantages are.
+    """
+    if np.isnan(share.rewards).all():
         return {"reward/mean": 0.0, "reward/std": 0.0, "reward/equal_group_frac": 1.0}
-    groups = [row[mask] for row, mask in zip(table, present, strict=True) if mask.any()]
+    groups = [row[~np.isnan(row)] for row in share.baseline_rewards if not np.isnan(row).all()]
     return {
-        "reward/mean": float(table[present].mean()),
+        "reward/mean": float(np.nanmean(share.rewards)),
         "reward/std": float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups])),
         "reward/equal_group_frac": float(np.mean([bool((group == group[0]).all()) for group in groups])),
     }

@@ -50,15 +50,19 @@ class Reference:
         return found[: len(micro_batches)]
 
     @torch.no_grad()
-    def follow(self, policy: Policy, rate: float) -> None:
-        """Each weight becomes rate * policy + (1 - rate) * reference, in the dtype that computes.
+    def follow(self, policy: Policy, rate: float, seed: int = 0) -> None:
+        """Each weight becomes rate * policy + (1 - rate) * reference.
 
         TR-DPO's soft update (Gorbatovski et al. 2024, eq. 5), as TRL's ref_model_mixup_alpha; rate 1 copies the policy.
+        In bfloat16 two weights are often neighbours, and the nearest number to what lies between them is always the
+        same one of the two; so the result is rounded up or down by chance, right in the mean, equally on all ranks.
         """
+        chance = torch.Generator(self._ranks.device).manual_seed(seed)
         pairs = zip(self._engine.opened(self._named), policy.whole_weights(), strict=True)
         for (name, own), (of_policy, weight) in pairs:
             assert name == of_policy
-            own.lerp_(weight, rate)
+            mixed = own.float().lerp_(weight.float(), rate)
+            own.copy_(mixed if own.dtype == torch.float32 or rate == 1 else rounded_by_chance(mixed, chance))
 
     # What a checkpoint holds of it.
 
@@ -77,3 +81,9 @@ class Reference:
         assert num_applied == self.num_applied
         for name, weight in self._engine.opened(self._named):
             weight.copy_(read(name)["fp32"])
+
+
+def rounded_by_chance(values: Tensor, chance: torch.Generator) -> Tensor:
+    """Float32 numbers to one of their two neighbours in bfloat16, the nearer one with the greater probability."""
+    noise = torch.randint(0, 1 << 16, values.shape, generator=chance, dtype=torch.int32, device=values.device)
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -154,7 +154,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: floa
 
 def _within_divergence(logprobs: Tensor, older_logprobs: Tensor, advantages: Tensor, beyond: Tensor) -> Surrogate:
     ratio = token_log_ratio(logprobs, older_logprobs).exp().clamp(max=MAX_DETACHED_RATIO).detach()
-    low = beyond & (advantages <= 0) & (logprobs < older_logprobs)
+    low = beyond & (advantages < 0) & (logprobs < older_logprobs)
     high = beyond & (advantages > 0) & (logprobs > older_logprobs)
     per_token = torch.where(low | high, 0.0, -advantages * ratio * logprobs)
     return Surrogate(per_token, low, high, _none(ratio))

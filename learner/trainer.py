@@ -134,7 +134,7 @@ class Trainer:
             "mismatch/missing_logprobs": prepared.missing_logprobs,
             **taken.numbers,
         }
-        self._follow(prepared, curves, applied)
+        self._follow(prepared, curves)
         return applied, curves
 
     def _mismatch(self, prepared: Prepared, updates: list[Update], step: int) -> dict[str, float]:
@@ -143,7 +143,7 @@ class Trainer:
         (mini_batch,), (update,) = prepared.mini_batches, updates
         return self._preparation.mismatch(mini_batch.micro_batches, update.logprobs, step)
 
-    def _follow(self, prepared: Prepared, curves: dict[str, float], applied: bool) -> None:
+    def _follow(self, prepared: Prepared, curves: dict[str, float]) -> None:
         """What moves with the policy, where there is a reference: the KL's coefficient, and slowly the reference."""
         settings, models = self._config.kl, self._models
         if models.reference is None:
@@ -153,8 +153,8 @@ class Trainer:
         curves["policy/kl_coef"] = models.kl.value
         models.kl.update(curves["policy/kl_reference"], int(curves["completion/count"]))
         every = settings.reference_update_every
-        if applied and every and (self._version + 1) % every == 0:
-            models.reference.follow(models.policy, settings.reference_update_rate)
+        if every and (self._version + 1) % every == 0:
+            models.reference.follow(models.policy, settings.reference_update_rate, seed=self._version + 1)
 
     def _count_skipped(self, update: Update, number: int, mini_batch: MiniBatch, share: Share) -> None:
         self._skipped += not update.applied

@@ -113,7 +113,7 @@ class AlgorithmConfig(Section):
     lam: Fraction = 1.0
     """Lambda of gae."""
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce"] = "ppo"
-    """What holds the policy near the one that sampled."""
+    """What holds the policy near an older one (`ratio` says which)."""
     ratio: Literal["proximal", "behavior"] = "proximal"
     """What the loss's ratio is over: the policy before the batch (decoupled PPO), or the one that sampled the token.
 
@@ -382,13 +382,14 @@ class Config(Section):
                     f"truncated distribution, so every ratio would be biased; remove vllm.{key}"
                 )
         self._algorithm_rules()
+        self._kl_rules()
         if not self.rewards.functions:
             raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
         self._check_rewards_fit_a_result()
         return self
 
     def _algorithm_rules(self) -> None:
-        algorithm, kl, corrections = self.algorithm, self.kl, self.corrections
+        algorithm, corrections = self.algorithm, self.corrections
         if algorithm.advantage in GROUP_RELATIVE and self.batch.group_size < 2:
             raise ValueError(
                 f"group_size must be at least 2 for group-relative advantages, got {self.batch.group_size}; "
@@ -405,27 +406,46 @@ class Config(Section):
                 f"dual_clip bounds the ratio from above and must be more than 1, got {algorithm.dual_clip:g}; set "
                 "algorithm.dual_clip, or 0 for no bound"
             )
-        per_token = ("gae", "reinforce_plus_plus")
-        if kl.coef and kl.place == "reward" and algorithm.advantage not in per_token:
-            raise ValueError(
-                f"a KL in the reward is a reward of each token, which {algorithm.advantage} does not have; set "
-                f"kl.place loss, or algorithm.advantage to one of {', '.join(per_token)}"
-            )
         if algorithm.advantage == "remax" and self.staleness.at_bound is AtBound.SPLIT:
             raise ValueError(
                 "remax compares with a greedy completion, which a group that is split may not have yet; set "
                 "staleness.at_bound wait"
             )
+        if not corrections.low <= 1 <= corrections.high:
+            raise ValueError(
+                f"corrections.low and corrections.high must have 1 between them, the weight of a token whose "
+                f"probability has not changed, got {corrections.low:g} and {corrections.high:g}"
+            )
+        if corrections.weight == "none" and corrections.bound == "mask":
+            raise ValueError("corrections.bound mask is a bound of weights; set corrections.weight token or sequence")
         if algorithm.ratio == "behavior" and corrections.weight != "none":
             raise ValueError(
                 "a ratio over the policy that sampled corrects for it already, and importance weights would do so "
                 "twice; set corrections.weight none, or algorithm.ratio proximal"
             )
-        if corrections.low > corrections.high:
+        if algorithm.overlong == "punish" and algorithm.overlong_buffer_tokens >= self.sampling.max_tokens:
             raise ValueError(
-                f"importance weights are kept between corrections.low and corrections.high, got "
-                f"{corrections.low:g} and {corrections.high:g}"
+                f"overlong_buffer_tokens must be less than sampling.max_tokens, or every completion loses reward, got "
+                f"{algorithm.overlong_buffer_tokens} and {self.sampling.max_tokens}; set "
+                "algorithm.overlong_buffer_tokens"
             )
+
+    def _kl_rules(self) -> None:
+        kl, algorithm = self.kl, self.algorithm
+        per_token = ("gae", "reinforce_plus_plus")
+        if kl.coef == 0:
+            for name in ("target", "reference_update_every"):
+                if getattr(kl, name):
+                    raise ValueError(f"kl.{name} moves what a coefficient of 0 leaves out; set kl.coef above 0")
+        elif kl.place == "reward":
+            if algorithm.advantage not in per_token:
+                raise ValueError(
+                    f"a KL in the reward is a reward of each token, which {algorithm.advantage} does not have; set "
+                    f"kl.place loss, or algorithm.advantage to one of {', '.join(per_token)}"
+                )
+            for name in ("straight_through", "with_ratio"):
+                if getattr(kl, name):
+                    raise ValueError(f"kl.{name} shapes a gradient, which a reward has none of; set kl.place loss")
 
     def _check_rewards_fit_a_result(self) -> None:
         names = [shown_name(function.use) for function in self.rewards.functions]
@@ -433,6 +453,12 @@ class Config(Section):
             raise ValueError(
                 f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "
                 "the sum of several, or shorten rewards.functions"
+            )
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"rewards are told apart by function and file name, got two called {repeated}; rename one of them in "
+                "rewards.functions"
             )
         for name in names:
             if len(name) > MAX_NAME:

@@ -52,7 +52,7 @@ def slow_dppo(then: float, now: float, advantage: float, divergence: float) -> S
     ratio = min(now / then, 20.0)
     if divergence > BOUND and advantage > 0 and now > then:
         return Slow(0.0, 0.0, high=True)
-    if divergence > BOUND and advantage <= 0 and now < then:
+    if divergence > BOUND and advantage < 0 and now < then:
         return Slow(0.0, 0.0, low=True)
     return Slow(-advantage * ratio * math.log(now), -advantage * ratio)
 

@@ -25,7 +25,23 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         "remax compares with a greedy completion",
     ),
     ({"algorithm": {"ratio": "behavior"}}, "set corrections.weight none, or algorithm.ratio proximal"),
-    ({"corrections": {"low": 3.0}}, "between corrections.low and corrections.high, got 3 and 2"),
+    ({"corrections": {"low": 1.5}}, "have 1 between them, .* got 1.5 and 2"),
+    ({"corrections": {"high": 0.5}}, "have 1 between them, .* got 0 and 0.5"),
+    ({"corrections": {"weight": "none", "bound": "mask"}}, "mask is a bound of weights"),
+    ({"kl": {"target": 0.1}}, "kl.target moves what a coefficient of 0 leaves out"),
+    ({"kl": {"reference_update_every": 5}}, "kl.reference_update_every moves what"),
+    *(
+        (
+            {"kl": {"coef": 0.1, "place": "reward", name: True}, "algorithm": {"advantage": "gae"}},
+            f"kl.{name} shapes a gradient",
+        )
+        for name in ("straight_through", "with_ratio")
+    ),
+    (
+        {"algorithm": {"overlong": "punish", "overlong_buffer_tokens": 40}, "sampling": {"max_tokens": 40}},
+        "less than sampling.max_tokens, .* got 40 and 40",
+    ),
+    ({"rewards": {"functions": [{"use": "a/r.py:f"}, {"use": "b/r.py:f"}]}}, "got two called r:f"),
 ]
 
 ACCEPTED: list[dict[str, dict[str, Any]]] = [
@@ -38,7 +54,9 @@ ACCEPTED: list[dict[str, dict[str, Any]]] = [
     {"kl": {"coef": 0.0, "place": "reward"}},
     {"kl": {"coef": 0.1, "place": "reward"}, "algorithm": {"advantage": "reinforce_plus_plus"}},
     {"algorithm": {"ratio": "behavior"}, "corrections": {"weight": "none", "negative_kl_mask": 0.1}},
-    {"corrections": {"low": 2.0}},
+    {"corrections": {"low": 1.0, "high": 1.0}},
+    {"algorithm": {"overlong": "punish", "overlong_buffer_tokens": 39}, "sampling": {"max_tokens": 40}},
+    {"rewards": {"functions": [{"use": "a.py:f"}, {"use": "b.py:f"}]}},
 ]
 
 

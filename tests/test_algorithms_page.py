@@ -21,7 +21,21 @@ SECTIONS: dict[str, type[Section]] = {
     "lora": LoraConfig,
 }
 SETTINGS = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
-RECIPES = {"GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++", "GDPO", "ReMax", "PPO", "GSPO", "CISPO", "SAPO", "DPPO"}
+RECIPES = {
+    "Two-policy PPO",
+    "GRPO",
+    "Dr. GRPO",
+    "DAPO",
+    "RLOO",
+    "REINFORCE++",
+    "GDPO",
+    "ReMax",
+    "PPO",
+    "GSPO",
+    "CISPO",
+    "SAPO",
+    "DPPO",
+}
 RECIPES |= {"Decoupled PPO", "TIS", "IcePop"}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from broker.groups import UNUSABLE_IN_A_ROW
 from broker.leases import Refusal, ResultStatus
 from broker.scheduler import Scheduler
+from protocol.types import Trajectory
 from tests.schedules import finish, fresh, grants, refusal
 from tests.simulation.generator import answer
 
@@ -210,7 +212,41 @@ def test_four_batches_of_filtered_groups_in_a_row_end_the_run() -> None:
         finish(scheduler, grants(scheduler, room=2)[0], equal=True)
     assert scheduler.verdict == "", "7 of 8 in a row: one was kept before"
     finish(scheduler, grants(scheduler, room=2)[0], equal=True)
-    assert scheduler.verdict == "no signal: 8 groups in a row were filtered, the last one: equal_rewards"
+    assert scheduler.verdict == "no signal: 8 groups in a row had equal rewards and were filtered"
+
+
+def test_prompts_that_cannot_be_used_are_no_missing_signal_but_nothing_else_in_a_row_ends_the_run() -> None:
+    scheduler = fresh()
+    for number in range(2 * UNUSABLE_IN_A_ROW - 1):
+        [grant] = grants(scheduler, room=2)
+        if number != UNUSABLE_IN_A_ROW - 1:  # that one runs
+            scheduler.filtered(grant.attempt, "prompt_too_long")
+        assert scheduler.verdict == ""
+    scheduler.filtered(grants(scheduler, room=2)[0].attempt, "prompt_too_long")
+    assert scheduler.verdict == "no usable prompt: 100 in a row were filtered, the last one: prompt_too_long"
+
+
+def test_a_stream_of_which_nothing_can_be_used_ends_the_run_with_its_last_prompt() -> None:
+    scheduler = fresh(num_prompts=5)
+    for number in range(5):
+        assert scheduler.verdict == "", number
+        scheduler.filtered(grants(scheduler, room=2)[0].attempt, "prompt_too_long")
+    assert scheduler.verdict.startswith("no usable prompt: 5 in a row")
+
+
+def test_a_group_without_its_greedy_completion_is_made_again() -> None:
+    scheduler = fresh(group_size=3, baseline_sample=2)
+    grant = grants(scheduler, room=3)[0]
+    for sample in range(2):
+        scheduler.finished(answer(grant, sample, float(sample)), 0.0)
+    scheduler.finished(Trajectory(grant.prompt, grant.attempt, 2, None, error="no luck"), 0.0)
+    assert (scheduler.ledger.counts()["queued"], scheduler.ledger.failures(grant.prompt)) == (1, 1)
+    [again] = grants(scheduler, room=3)
+    assert again.prompt == grant.prompt
+    for sample in (0, 2):
+        scheduler.finished(answer(again, sample, 1.0), 0.0)
+    scheduler.finished(Trajectory(again.prompt, again.attempt, 1, None, error="no luck"), 0.0)
+    assert scheduler.ledger.counts()["finished"] == 1, "one that was sampled may be missing"
 
 
 def test_rewards_that_only_float64_tells_apart_are_no_signal() -> None:

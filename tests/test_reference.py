@@ -13,7 +13,7 @@ from learner import checkpoint
 from learner.batches import pack
 from learner.models import Models
 from learner.ranks import Ranks
-from learner.reference import Reference
+from learner.reference import Reference, rounded_by_chance
 from protocol.config import Config
 from protocol.errors import ConfigError
 from tests.learning import config, model_folder, train_step
@@ -79,6 +79,31 @@ def test_it_follows_the_policy_by_the_rate_and_computes_with_what_it_became(
     if rate == 1.0:
         for ours, theirs in zip(reference.logprobs(BATCHES), models.policy.logprobs(BATCHES), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_in_bfloat16_it_moves_by_chance_and_in_the_mean_by_the_rate() -> None:
+    """Between the neighbours 1 and 1 + 2^-7 the nearest number would be the same one for ever."""
+    step, chance = 2.0**-7, torch.Generator().manual_seed(3)
+    for share in (0.1, 0.5, 0.9):
+        for sign in (1.0, -1.0):
+            rounded = rounded_by_chance(torch.full((20_000,), sign * (1.0 + share * step)), chance)
+            assert rounded.dtype == torch.bfloat16
+            assert set(rounded.tolist()) == {sign, sign * (1.0 + step)}
+            assert (rounded.float().abs().mean().item() - 1.0) / step == pytest.approx(share, abs=0.02)
+    exact = torch.randn(1000, generator=chance).bfloat16()
+    assert torch.equal(rounded_by_chance(exact.float(), chance), exact)
+
+
+def test_all_ranks_round_alike(model: str, ranks: Ranks) -> None:
+    moved = []
+    for seed in (1, 1, 2):
+        models = Models.open(settings(model, 0, dtype="bfloat16"), ranks)
+        assert models.reference is not None
+        train_step(models.policy, ranks, random_rows(1, 8), learning_rate=1e-2)
+        models.reference.follow(models.policy, 0.3, seed)
+        moved.append(torch.cat([value.flatten() for value in weights_of(models.reference).values()]))
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
 
 
 @pytest.mark.parametrize(("saved", "loaded", "dtype"), [(0, 3, "float32"), (3, 1, "float32"), (1, 1, "bfloat16")])

@@ -159,7 +159,8 @@ class Cluster:
         assert sorted(learned.trained) == sorted(books.trained), f"trained: {sorted(learned.trained)}, {books}"
         assert learned.version == scheduler.version, f"version {learned.version} is {scheduler.version} to the broker"
         if scheduler.verdict:
-            seen[Seen.NO_SIGNAL if scheduler.verdict.startswith("no signal") else Seen.TOO_MANY_QUARANTINED] += 1
+            kinds = {"no signal": Seen.NO_SIGNAL, "no usable": Seen.NO_USABLE_PROMPT}
+            seen[kinds.get(scheduler.verdict[:9], Seen.TOO_MANY_QUARANTINED)] += 1
             return
         assert scheduler.done, f"{self.learner.ended}: {self._describe()}"
         left = [*scheduler.leases.open.values(), *scheduler.leases.remainders]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from broker.batches import Batch, ScheduleSettings, TakenGroup
 from broker.evaluation import EvaluationResult
-from broker.groups import BATCHES_WITHOUT_SIGNAL
+from broker.groups import BATCHES_WITHOUT_SIGNAL, UNUSABLE_IN_A_ROW
 from broker.leases import Grant, OpenLease, ResultStatus, Wait
 from broker.ledger import MAX_FAILURES, QUARANTINED_FLOOR, QUARANTINED_SHARE, Ledger
 from broker.scheduler import CRASHES_UNTIL_ALONE, Scheduler
@@ -49,9 +49,11 @@ class WatchedScheduler(Scheduler):
         self.taken_back: set[int] = set()  # attempts that were lost, given up or handed back
         self.answered: set[int] = set()  # attempts with a verdict on every sample
         self._num_filtered_in_a_row = 0
+        self._unusable: set[int] = set()  # of this life of the broker
         self._watched: dict[int, WatchedLease] = {}  # by attempt: training leases that a batch may still take from
         self._failures: Counter[int] = Counter(dict(books.failures))
         self._crashes: Counter[int] = Counter(dict(books.crashes))
+        self._has_no_prompt = False  # that could be used
         self._has_ended = False  # with a verdict
         self.last_batch: Batch | None = None
         self.last_expired: list[OpenLease] = []
@@ -114,8 +116,10 @@ class WatchedScheduler(Scheduler):
         prompt = self._watched.pop(attempt).grant.prompt
         self.books = replace(self.books, filtered=self.books.filtered | {prompt})
         self._forget(prompt)
-        self._num_filtered_in_a_row += 1
+        self._unusable.add(prompt)
         self.seen[Seen.UNUSABLE] += 1
+        limit = min(UNUSABLE_IN_A_ROW, self.settings.num_prompts or UNUSABLE_IN_A_ROW)
+        self._has_no_prompt |= self._unusable.issuperset(range(prompt - limit + 1, prompt + 1))
         self.check()
 
     def released(self, attempt: int) -> None:
@@ -298,6 +302,7 @@ class WatchedScheduler(Scheduler):
         if not self._has_ended:
             bad, num_settled = len(self.books.quarantined), self.books.num_settled
             has_no_signal = self._num_filtered_in_a_row >= BATCHES_WITHOUT_SIGNAL * self.settings.prompts_per_step
+            has_no_signal |= self._has_no_prompt
             self._has_ended = has_no_signal or bad > max(QUARANTINED_FLOOR, QUARANTINED_SHARE * num_settled)
             assert bool(self.verdict) == self._has_ended, (
                 f"{self.verdict!r} with {self._num_filtered_in_a_row} filtered in a row, {bad} bad of {num_settled}"

@@ -91,4 +91,5 @@ class Seen(StrEnum):
     END_OF_DATA = "a run ended with its data"
     END_OF_STEPS = "a run ended with its last step"
     NO_SIGNAL = "a run ended without signal"
+    NO_USABLE_PROMPT = "a run ended because no prompt could be used"
     TOO_MANY_QUARANTINED = "a run ended with too many bad prompts"
