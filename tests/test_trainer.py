@@ -179,6 +179,8 @@ def test_a_batch_of_which_nothing_was_applied_is_a_skipped_step(model: str, rank
 
 def test_three_skipped_updates_in_a_row_stop_the_run(model: str, ranks: Ranks, tmp_path: Path) -> None:
     several = {"algorithm": {"updates_per_batch": 2}}
-    with pytest.raises(NumericError, match=r"3 updates in a row .* the last of step 1; weights are unchanged since"):
+    with pytest.raises(
+        NumericError, match=r"3 updates in a row of the policy .* the last of step 1; its weights are unchanged since"
+    ):
         trained(tmp_path / "run", model, ranks, several, lambda models: poisoned(models, 1, 2, 3)[0])
     assert len(lines(tmp_path / "run" / "skipped.jsonl")) == 3

@@ -78,7 +78,7 @@ def train_watched(run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     config = settings.load(run_dir / "config.yaml")
     policy = WatchedPolicy.open(config, config.model.path, ranks)
     assert isinstance(policy, WatchedPolicy)
-    ended, recorder = train_models(run_dir, config, Models(policy, None, AdaptiveKl(0.0, 0.0, 1), {}), ranks)
+    ended, recorder = train_models(run_dir, config, Models(policy, None, None, AdaptiveKl(0.0, 0.0, 1), {}), ranks)
     return {"complete": ended.complete, "steps": recorder.steps, "tokens": policy.tokens}
 
 
