@@ -64,8 +64,8 @@ class WatchedRecorder(Recorder):
                 "identity": [share.epoch, share.step, share.batch_digest.hex()],
                 "completions": [[item.prompt, item.sample] for item in share.items],
                 "rewards": share.rewards.tobytes().hex() + share.baseline_rewards.tobytes().hex(),
-                "loss": curves["policy/loss"],
-                "grad_norm": curves["policy/grad_norm"],
+                "loss": curves.get("policy/loss"),  # none while a critic learns alone
+                "grad_norm": curves.get("policy/grad_norm"),
                 "at": time.monotonic(),
             }
         )
