@@ -169,7 +169,7 @@ def find_recipe(name: str) -> Path:
 
 def _absolute(settings: Settings) -> Settings:
     """The same, with files named from the root: the run may be continued from another folder."""
-    keys = ("model.path", "data.train", "data.eval", "data.system", "warmup.data")
+    keys = ("model.path", "critic.path", "data.train", "data.eval", "data.system", "warmup.data")
     values = [
         value._replace(value=str(Path(value.value).resolve()))
         for value in settings.values.values()

@@ -14,10 +14,11 @@ import numpy as np
 
 from learner.batches import token_versions
 from learner.losses import policy_curves
+from learner.value_loss import value_curves
 from protocol.types import FinishReason, Share
 
 if TYPE_CHECKING:
-    from learner.policy import Update
+    from learner.trained_model import OptimizerStep
 
 
 def batch_sums(share: Share, bound: int) -> dict[str, float]:
@@ -62,17 +63,31 @@ def prompt_numbers(share: Share) -> dict[str, float]:
     return numbers | {str(item.group): float(item.prompt) for item in share.items}
 
 
-def update_curves(updates: Sequence[Update]) -> dict[str, float]:
-    """Of one batch's optimizer steps together; those that were skipped count only where none was applied."""
-    counted = [update for update in updates if update.applied] or updates
-    sums = {name: sum(update.sums[name] for update in counted) for name in counted[0].sums}
-    sums["loss"] /= len(counted)
+def update_curves(updates: Sequence[OptimizerStep]) -> dict[str, float]:
+    """Of the policy's optimizer steps of one batch; there are none while the critic learns alone."""
+    if not updates:
+        return {"policy/updates": 0.0}
+    sums, grad_norm = _together(updates)
     return {
         **policy_curves(sums),
-        "policy/grad_norm": float(np.mean([update.grad_norm for update in counted])),
+        "policy/grad_norm": grad_norm,
         "policy/micro_batches": float(sum(update.num_micro_batches for update in updates)),
         "policy/updates": float(sum(update.applied for update in updates)),
     }
+
+
+def critic_curves(updates: Sequence[OptimizerStep]) -> dict[str, float]:
+    """Of the critic's optimizer steps of one batch."""
+    sums, grad_norm = _together(updates)
+    return {**value_curves(sums), "critic/grad_norm": grad_norm}
+
+
+def _together(updates: Sequence[OptimizerStep]) -> tuple[dict[str, float], float]:
+    """Sums, with the mean loss, and the mean norm; steps that were skipped count only where none was applied."""
+    counted = [update for update in updates if update.applied] or updates
+    sums = {name: sum(update.sums[name] for update in counted) for name in counted[0].sums}
+    sums["loss"] /= len(counted)
+    return sums, float(np.mean([update.grad_norm for update in counted]))
 
 
 def reward_curves(share: Share) -> dict[str, float]:

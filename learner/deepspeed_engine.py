@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 0 to 3 behind one face. The only file that imports deepspeed; `learner/policy.py` is its only user.
+"""DeepSpeed: ZeRO 0 to 3 behind one face. The only file that imports deepspeed.
 
 Runs in every learner rank. DeepSpeed is held at exactly the settings and internals that were measured; the version is
 pinned, and the round trips in tests/test_checkpoint.py and tests/test_policy.py say when a newer one moved them. Not to

@@ -1,8 +1,9 @@
 """The policy's network: a causal language model whose forward gives log-probabilities of packed sequences.
 
-Runs in every learner rank, under DeepSpeed. Everything with weights is inside `PolicyModel.forward`, which ZeRO-3
-needs. That sequences in one row do not see each other rests on `packed_sdpa`; that [T, V] logits never stand in memory
-whole rests on `ChunkedHead`; that both compute what the model itself would rests on `check_reproduces`.
+Runs in every learner rank, under DeepSpeed; the critic's network shares its trunk, `PackedModel`. Everything with
+weights is inside `PolicyModel.forward`, which ZeRO-3 needs. That sequences in one row do not see each other rests on
+`packed_sdpa`; that [T, V] logits never stand in memory whole rests on `ChunkedHead`; that both compute what the model
+itself would rests on `check_reproduces`.
 
 Legend: T packed input tokens, K chosen tokens, D hidden size, V vocabulary.
 """
@@ -85,8 +86,10 @@ def attention_for(device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash else "packed_sdpa"
 
 
-def load(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    """Read a causal language model from a folder or the Hugging Face hub.
+def load(
+    path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, setting: str = "model.path"
+) -> PreTrainedModel:
+    """Read a causal language model from a folder or the Hugging Face hub; errors name the `setting` it comes from.
 
     Raises ConfigError if there is none, or if the learner cannot reproduce its attention.
     """
@@ -97,10 +100,10 @@ def load(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
             path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal language model can be loaded from {path}: {error}; set model.path") from error
+        raise ConfigError(f"no causal language model can be loaded from {path}: {error}; set {setting}") from error
     if attention == "packed_sdpa" and uses_sliding_window(lm.config):
         raise ConfigError(
-            f"{path} attends through a sliding window, which needs flash attention in the learner; set model.path"
+            f"{path} attends through a sliding window, which needs flash attention in the learner; set {setting}"
         )
     return lm.to(device)
 
@@ -150,15 +153,12 @@ class ChunkedHead(nn.Module):
         return logits.gather(-1, targets[:, None])[:, 0] - normalizer, entropies
 
 
-class PolicyModel(nn.Module):
-    """The language model and its chunked head as one module with one forward."""
+class PackedModel(nn.Module):
+    """A transformer that reads packed sequences, without dropout; `lm` may be without its language head."""
 
-    def __init__(
-        self, lm: PreTrainedModel, chunk_tokens: int, gradient_checkpointing: bool, entropy_gradient: bool = False
-    ) -> None:
+    def __init__(self, lm: PreTrainedModel, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.lm = lm
-        self.head = ChunkedHead(lm.get_output_embeddings(), chunk_tokens, entropy_gradient)
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()  # checkpointing acts in training mode only
@@ -167,6 +167,34 @@ class PolicyModel(nn.Module):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, cuts: tuple[int, ...], positions: Tensor) -> Tensor:
+        """Last hidden states [K, D] at `positions` [K] of the row [1, T]; part of a subclass's forward."""
+        states = self.lm.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **self.attention_arguments(cuts, input_ids.device),
+        ).last_hidden_state[0]
+        return states.index_select(0, positions)
+
+    def attention_arguments(self, cuts: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+        if self.lm.config._attn_implementation == "packed_sdpa":
+            return {"sequence_cuts": cuts}
+        ends = torch.tensor(cuts, dtype=torch.int32, device=device)
+        longest = max(b - a for a, b in pairwise(cuts))
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+class PolicyModel(PackedModel):
+    """The language model and its chunked head as one module with one forward."""
+
+    def __init__(
+        self, lm: PreTrainedModel, chunk_tokens: int, gradient_checkpointing: bool, entropy_gradient: bool = False
+    ) -> None:
+        super().__init__(lm, gradient_checkpointing)
+        self.head = ChunkedHead(lm.get_output_embeddings(), chunk_tokens, entropy_gradient)
 
     def forward(
         self,
@@ -178,21 +206,7 @@ class PolicyModel(nn.Module):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities [K] and entropies [K] of `targets`, predicted at `positions` [K] of the row [1, T]."""
-        hidden = self.lm.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=None,
-            use_cache=False,
-            **self.attention_arguments(cuts, input_ids.device),
-        ).last_hidden_state[0]
-        return self.head(hidden.index_select(0, positions), targets, temperature)
-
-    def attention_arguments(self, cuts: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-        if self.lm.config._attn_implementation == "packed_sdpa":
-            return {"sequence_cuts": cuts}
-        ends = torch.tensor(cuts, dtype=torch.int32, device=device)
-        longest = max(b - a for a, b in pairwise(cuts))
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return self.head(self.hidden(input_ids, position_ids, cuts, positions), targets, temperature)
 
     @torch.no_grad()
     def check_reproduces(self) -> None:

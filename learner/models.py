@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from learner import checkpoint
+from learner.critic import Critic
 from learner.kl import AdaptiveKl
 from learner.policy import Policy
 from learner.ranks import Ranks
@@ -23,6 +24,7 @@ class Models:
 
     policy: Policy
     reference: Reference | None  # None where `kl.coef` is 0
+    critic: Critic | None  # None where `algorithm.advantage` is not gae
     kl: AdaptiveKl  # the coefficient of the KL to the reference
     beside: dict[str, checkpoint.Model]  # what else a checkpoint holds, by name
 
@@ -31,16 +33,21 @@ class Models:
         """Load what the settings ask for; collective. Raises ConfigError if it cannot be used."""
         policy = Policy.open(config, config.model.path, ranks)
         reference = Reference.open(config, config.model.path, ranks) if config.kl.coef else None
+        critic = Critic.open(config, ranks) if config.algorithm.advantage == "gae" else None
         kl = AdaptiveKl(config.kl.coef, config.kl.target, config.kl.horizon)
         beside: dict[str, checkpoint.Model] = {}
         if reference and (config.kl.reference_update_every or config.warmup.steps):  # else it is that of model.path
             beside["reference"] = reference
-        return cls(policy, reference, kl, beside)
+        if critic:
+            beside["critic"] = critic
+        return cls(policy, reference, critic, kl, beside)
 
-    def warmed_up(self) -> None:
-        """The supervised warm start is over: the policy is now what the reference shall be."""
+    def warmed_up(self, config: Config) -> None:
+        """The supervised warm start is over: the reference begins as the policy, and a critic without `critic.path`."""
         if self.reference is not None:
             self.reference.follow(self.policy, rate=1.0)
+        if self.critic is not None and not config.critic.path:
+            self.critic.start_from(self.policy)
 
     def save(self, folder: Path, version: int, extras: dict[str, Any], keep: int, ranks: Ranks) -> Path:
         """Write a checkpoint; collective."""

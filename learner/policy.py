@@ -1,13 +1,12 @@
 """The policy that is trained: a model under DeepSpeed with `logprobs`, `update` and access to its weights.
 
 Runs in every learner rank; every method is collective unless it says otherwise. Which loss is used, in which order
-things happen and what a version is, is the trainer's. That a step with a non-finite loss or gradient changes nothing on
-any rank rests on `update`.
+things happen and what a version is, is the trainer's; what it has in common with the critic is in `trained_model.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from learner.batches import MicroBatch, empty_micro_batch
+from learner.batches import MicroBatch
 from learner.deepspeed_engine import DeepSpeedEngine
+from learner.losses import LossAndSums
 from learner.model import PolicyModel, copy_tokenizer, load
 from learner.ranks import Ranks
+from learner.trained_model import OptimizerStep, TrainedModel, padded, resolved_dtype
 from protocol.config import Config
 
-Loss = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Tensor, Tensor, MicroBatch], LossAndSums]
 """(log-probabilities [K], entropies [K], micro-batch) -> this micro-batch's part of the loss, and sums to add up.
 
 The parts of all micro-batches on all ranks add up to the loss of the batch; a loss must stand K = 0.
@@ -29,28 +30,22 @@ The parts of all micro-batches on all ranks add up to the loss of the batch; a l
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one optimizer step was; equal on all ranks."""
+class Update(OptimizerStep):
+    """One optimizer step of the policy."""
 
-    applied: bool  # False: loss or gradient was not finite, and nothing changed
-    grad_norm: float  # before clipping
-    sums: Mapping[str, float]  # the loss function's, over all ranks, and "loss"
-    num_micro_batches: int  # of each rank
     logprobs: Sequence[Tensor]  # [K] of this rank's micro-batches, under the weights from before the step
 
 
-class Policy:
+class Policy(TrainedModel):
     """Made by `Policy.open`."""
 
     def __init__(
         self, lm: PreTrainedModel, engine: DeepSpeedEngine, model_path: str, temperature: float, ranks: Ranks
     ) -> None:
+        super().__init__(list(lm.named_parameters()), engine, ranks)  # a tied head is in it once, as the embedding
         self._lm = lm
-        self._named = list(lm.named_parameters())  # a tied head is in it once, as the embedding
-        self._engine = engine
         self._model_path = model_path
         self._temperature = temperature
-        self._ranks = ranks
 
     @classmethod
     def open(cls, config: Config, model_path: str, ranks: Ranks) -> Policy:
@@ -100,48 +95,26 @@ class Policy:
         learning_rate: float,
         temperature: float | None = None,
     ) -> Update:
-        """One optimizer step on the batch that all ranks' micro-batches make. `temperature` None: that of sampling.
-
-        Ranks may bring different numbers of micro-batches; one with fewer runs empty ones, because backward is a
-        collective.
-        """
-        everywhere, count = padded(micro_batches, self._ranks)
-        totals: dict[str, Tensor] = {}
+        """One optimizer step, as `TrainedModel` makes it. `temperature` None: that of sampling."""
         seen: list[Tensor] = []
-        for batch in everywhere:
-            batch = batch.to(self._ranks.device)
+
+        def loss_of(batch: MicroBatch) -> LossAndSums:
             logprobs, entropies = self._forward(batch, temperature)
             seen.append(logprobs.detach())
-            part, sums = loss(logprobs, entropies, batch)
-            self._engine.backward(part)
-            sums |= {"loss": part.detach(), "non_finite": ~part.detach().isfinite()}
-            totals = {name: value.double() + totals.get(name, 0.0) for name, value in sums.items()}
-        values = torch.stack(list(totals.values())).tolist()  # the step's only wait for the device
-        reduced = self._ranks.sum_across(dict(zip(totals, values, strict=True)))
-        if reduced.pop("non_finite"):
-            self._poison()
-        norm, applied = self._engine.step(learning_rate)
-        return Update(applied, norm, reduced, count, seen[: len(micro_batches)])
+            return loss(logprobs, entropies, batch)
 
-    def reset_optimizer(self) -> None:
-        """Local: forget the moments; the weights stay."""
-        self._engine.reset_moments()
+        step = self._optimize(micro_batches, loss_of, learning_rate)
+        return Update(**vars(step), logprobs=seen[: len(micro_batches)])
 
     def _forward(self, batch: MicroBatch, temperature: float | None) -> tuple[Tensor, Tensor]:
         heat = self._temperature if temperature is None else temperature
         return self._engine(batch.input_ids, batch.position_ids, batch.cuts, batch.positions, batch.targets, heat)
 
-    def _poison(self) -> None:
-        """Make the gradient NaN, so that the engine drops it: a loss may be infinite while its gradient is finite."""
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self._ranks.device)
-        logprobs, _ = self._engine(zero, zero, (0, 1), zero[0], zero[0], 1.0)
-        self._engine.backward(logprobs.sum() * torch.nan)
+    def _token_outputs(self, batch: MicroBatch) -> Tensor:
+        logprobs, _ = self._forward(batch, None)
+        return logprobs
 
     # Weights.
-
-    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Local: (name as in a Hugging Face checkpoint, dtype, shape) of every parameter, in one order everywhere."""
-        return [(name, str(p.dtype).removeprefix("torch."), self._engine.shape(p)) for name, p in self._named]
 
     def owned(self) -> Iterator[tuple[str, int, Tensor]]:
         """Local: (name, first element, flat elements) that this rank writes; over the ranks each element comes once."""
@@ -165,33 +138,3 @@ class Policy:
             self._lm.save_pretrained(folder, state_dict=weights)  # empties the dict
             copy_tokenizer(self._model_path, folder)
         self._ranks.barrier("save the model")
-
-    @property
-    def num_applied(self) -> int:
-        """Local: steps that AdamW has taken."""
-        return self._engine.num_applied
-
-    def training_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, float32 weights and moments by key), whole, on every rank; one parameter at a time."""
-        for name, parameter in self._named:
-            yield name, self._engine.training_state(parameter)
-
-    def restore(self, num_applied: int, read: Callable[[str], Mapping[str, Tensor]]) -> None:
-        """Set what `training_state` gave; `read` gives it by parameter name."""
-        self._engine.begin_restore(num_applied)
-        for name, parameter in self._named:
-            self._engine.restore(parameter, read(name))
-        self._engine.end_restore()
-
-
-def padded(micro_batches: Sequence[MicroBatch], ranks: Ranks) -> tuple[list[MicroBatch], int]:
-    """As many micro-batches as the rank with the most has, and how many that are; collective."""
-    count = max(1, int(ranks.max_across({"micro_batches": len(micro_batches)})["micro_batches"]))
-    return [*micro_batches, *[empty_micro_batch()] * (count - len(micro_batches))], count
-
-
-def resolved_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """What "auto" means: bfloat16 on accelerators, float32 on a CPU."""
-    if setting == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]

@@ -28,6 +28,8 @@ from learner.mismatch import SUM_NAMES, mismatch_sums
 from learner.models import Models
 from learner.policy import Loss
 from learner.ranks import Ranks
+from learner.schedule import critic_warmup_steps
+from learner.value_loss import ValueLoss
 from protocol.config import Config, CorrectionsConfig
 from protocol.types import Share
 
@@ -48,6 +50,7 @@ class Preparation:
     def __init__(self, config: Config, ranks: Ranks, models: Models) -> None:
         self._config, self._ranks, self._models = config, ranks, models
         self._credit = Credit(config, ranks)
+        self._num_alone = critic_warmup_steps(config)  # steps without an update of the policy
         self._kl_in_reward = models.reference is not None and config.kl.place == "reward"
 
     def prepare(self, share: Share) -> Prepared:
@@ -56,15 +59,18 @@ class Preparation:
         missing = self._ranks.sum_across(counts(rows))["missing_logprobs"]
         micro_batches = self._pack(rows)
         entropies: list[Tensor] = []
-        if self._needs_proximal:
+        critic, needs_proximal = self._models.critic, self._needs_proximal or share.step < self._num_alone
+        if needs_proximal:
             predicted = self._models.policy.logprobs_and_entropies(micro_batches)
             entropies = [entropy for _, entropy in predicted]
             rows = _spread(rows, micro_batches, "proximal_logprobs", [logprobs for logprobs, _ in predicted])
         if self._models.reference is not None:
             rows = _spread(rows, micro_batches, "reference_logprobs", self._models.reference.logprobs(micro_batches))
+        if critic is not None:
+            rows = _spread(rows, micro_batches, "values", critic.values(micro_batches))
         rows = self._credit.assign(rows, share, self._models.kl.value if self._kl_in_reward else 0.0)
         mismatch = None
-        if self._needs_proximal:
+        if needs_proximal:
             rows, mismatch = self._corrected(rows, entropies, share.step)
         kl = self._mean_kl(rows) if self._kl_in_reward else None
         return Prepared(self._mini_batches(rows, share), missing, kl, mismatch)
@@ -72,9 +78,12 @@ class Preparation:
     def loss(self, mini_batch: MiniBatch) -> Loss:
         """The loss of this mini-batch as `Policy.update` wants it."""
         config = self._config
-        aggregation = Aggregation(config.algorithm, config.sampling.max_tokens, mini_batch.totals)
-        loss = PolicyLoss(config.algorithm, config.kl, self._models.kl.value, aggregation)
+        loss = PolicyLoss(config.algorithm, config.kl, self._models.kl.value, self._aggregation(mini_batch))
         return loss if self._needs_proximal else OnlyUpdate(loss, config.corrections)
+
+    def value_loss(self, mini_batch: MiniBatch) -> ValueLoss:
+        """The loss of this mini-batch as `Critic.update` wants it."""
+        return ValueLoss(self._config.critic, self._aggregation(mini_batch))
 
     def mismatch(self, micro_batches: Sequence[MicroBatch], proximal: Sequence[Tensor], step: int) -> dict[str, float]:
         """Sums over all ranks for `mismatch_curves`; `proximal` [K] of each micro-batch are from before the batch."""
@@ -88,11 +97,15 @@ class Preparation:
             )
         return self._ranks.sum_across(dict(zip(SUM_NAMES, total.tolist(), strict=True)))
 
+    def _aggregation(self, mini_batch: MiniBatch) -> Aggregation:
+        return Aggregation(self._config.algorithm, self._config.sampling.max_tokens, mini_batch.totals)
+
     @property
     def _needs_proximal(self) -> bool:
         """Whether log-probabilities from before the batch are needed before its first update.
 
-        If not, there is only one, and its own forward pass gives them (`OnlyUpdate`): a pass less.
+        If not, there is only one, and its own forward pass gives them (`OnlyUpdate`): a pass less. Where there is none,
+        because the critic learns alone, they are needed for the mismatch.
         """
         algorithm = self._config.algorithm
         one_update = algorithm.updates_per_batch * algorithm.epochs_per_batch == 1

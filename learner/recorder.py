@@ -73,11 +73,13 @@ class Recorder:
         write_samples(self._run_dir, share.step, self._samples(share))
         self.evaluations()
 
-    def skipped_update(self, step: int, update: int, grad_norm: float, completions: list[tuple[int, int]]) -> None:
+    def skipped_update(
+        self, step: int, update: int, model: str, grad_norm: float, completions: list[tuple[int, int]]
+    ) -> None:
         """An update that was not finite, with what it would have trained: (prompt, sample) of all ranks."""
         if self._writer is not None:
-            fields = {"step": step, "update": update, "grad_norm": str(grad_norm), "completions": completions}
-            self._append(SKIPPED_FILE, fields)
+            fields = {"step": step, "update": update, "model": model, "grad_norm": str(grad_norm)}
+            self._append(SKIPPED_FILE, fields | {"completions": completions})
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """Curves of the supervised warm start."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from learner.batches import MicroBatch
 from learner.deepspeed_engine import FrozenEngine
 from learner.model import PolicyModel, load
-from learner.policy import Policy, padded, resolved_dtype
+from learner.policy import Policy
 from learner.ranks import Ranks
+from learner.trained_model import padded, resolved_dtype
 from protocol.config import Config
 
 

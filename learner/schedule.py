@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from protocol.config import Config
+
 
 def learning_rate(
     step: int,
@@ -31,3 +33,25 @@ def learning_rate(
             return peak + (minimum - peak) * progress
         case "cosine":
             return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rates(config: Config, step: int, total_steps: int) -> tuple[float, float]:
+    """Of policy and critic at 0-based `step`: one shape for both, at two peaks.
+
+    In the critic's first `critic.warmup_steps` the policy's is 0; its schedule begins after them, so that a warm-up of
+    its own is not over before its first update.
+    """
+    learner = config.learner
+
+    def rate(step: int, total_steps: int) -> float:
+        peak, lowest = learner.learning_rate, learner.min_learning_rate
+        return learning_rate(step, total_steps, peak, learner.schedule, learner.warmup_steps, lowest)
+
+    alone = critic_warmup_steps(config)
+    of_policy = rate(step - alone, total_steps - alone) if step >= alone else 0.0
+    return of_policy, rate(step, total_steps) * config.critic.learning_rate / learner.learning_rate
+
+
+def critic_warmup_steps(config: Config) -> int:
+    """First steps in which only the critic learns; 0 where there is none."""
+    return config.critic.warmup_steps if config.algorithm.advantage == "gae" else 0

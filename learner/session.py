@@ -96,7 +96,7 @@ def _warm_up(
 
     clock.enter(State.WARMING_UP, f"{config.warmup.steps} supervised steps")
     warm_up(models.policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
-    models.warmed_up()
+    models.warmed_up(config)
 
 
 def _shared_folder(ranks: Ranks) -> Path:

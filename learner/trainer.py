@@ -3,7 +3,8 @@
 Runs in every learner rank. Step k trains on policy version k and yields version k + 1. The order is a contract:
 
     take      the same batch on all ranks: its identity is compared before anything is computed from it
-    update    what the batch needs first (`Preparation.prepare`), then one optimizer step for each mini-batch of it
+    update    what the batch needs first (`Preparation.prepare`), then one optimizer step for each mini-batch of it,
+              of critic and policy; of the critic alone while it warms up
     publish   copy the new weights to shared memory; everything else of it happens beside the next step
     advance   told to the broker only after the snapshot exists and has its digests
 
@@ -18,25 +19,23 @@ import logging
 from dataclasses import dataclass
 
 from learner.announcer import Announcer
-from learner.curves import batch_maxima, batch_sums, prompt_numbers, reward_curves, token_curves, update_curves
+from learner.curves import batch_maxima, batch_sums, critic_curves, reward_curves, token_curves, update_curves
 from learner.link import Link, Taken
-from learner.mini_batches import MiniBatch
 from learner.mismatch import mismatch_curves
 from learner.models import Models
 from learner.policy import Update
 from learner.preparation import Preparation, Prepared
 from learner.ranks import Ranks
 from learner.recorder import Recorder
-from learner.schedule import learning_rate
+from learner.schedule import critic_warmup_steps, learning_rates
+from learner.skips import Skips
 from learner.states import State, StateClock
+from learner.trained_model import OptimizerStep
 from protocol.config import Config
-from protocol.errors import NoProgress, NumericError
+from protocol.errors import NoProgress
 from protocol.messages import Finished
-from protocol.types import Share
 
 log = logging.getLogger("tether.trainer")
-
-MAX_SKIPPED_IN_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,7 @@ class Trainer:
         self._announcer, self._recorder, self._clock = announcer, recorder, clock
         self._version = version
         self._num_steps = link.num_steps
-        self._skipped = 0
-        self._skipped_in_a_row = 0
+        self._skips = Skips(ranks, recorder)
 
     def run(self) -> Ended:
         """Train until the last step, or until the run is asked to end.
@@ -106,35 +104,39 @@ class Trainer:
 
     def _update(self, taken: Taken) -> tuple[bool, dict[str, float]]:
         """The optimizer steps of one batch: whether any was applied, and the curves of all ranks together."""
-        config, share = self._config, taken.share
+        share, policy, critic = taken.share, self._models.policy, self._models.critic
         self._clock.enter(State.TRAINING, f"step {share.step}, {len(share.items)} completions")
-        rate = learning_rate(
-            share.step,
-            self._num_steps,
-            config.learner.learning_rate,
-            config.learner.schedule,
-            config.learner.warmup_steps,
-            config.learner.min_learning_rate,
-        )
+        rate, critic_rate = learning_rates(self._config, share.step, self._num_steps)
         prepared = self._preparation.prepare(share)
         updates: list[Update] = []
-        for mini_batch in prepared.mini_batches:
-            update = self._models.policy.update(mini_batch.micro_batches, self._preparation.loss(mini_batch), rate)
-            self._count_skipped(update, len(updates), mini_batch, share)
-            updates.append(update)
-        applied = any(update.applied for update in updates)
+        critic_updates: list[OptimizerStep] = []
+        for number, mini_batch in enumerate(prepared.mini_batches):
+            batches = mini_batch.micro_batches
+            if critic is not None:
+                step = critic.update(batches, self._preparation.value_loss(mini_batch), critic_rate)
+                self._skips.count("critic", step, number, mini_batch, share)
+                critic_updates.append(step)
+            if share.step >= critic_warmup_steps(self._config):
+                update = policy.update(batches, self._preparation.loss(mini_batch), rate)
+                self._skips.count("policy", update, number, mini_batch, share)
+                updates.append(update)
+        applied = any(update.applied for update in [*updates, *critic_updates])
         curves = {
             **reward_curves(share),
-            **token_curves(self._ranks.sum_across(batch_sums(share, config.staleness.max))),
+            **token_curves(self._ranks.sum_across(batch_sums(share, self._config.staleness.max))),
             **self._ranks.max_across(batch_maxima(share)),
             **update_curves(updates),
             **mismatch_curves(self._mismatch(prepared, updates, share.step)),
             "policy/lr": rate,
-            "policy/skipped_steps": float(self._skipped),
+            "policy/skipped_steps": float(self._skips.total["policy"]),
             "mismatch/missing_logprobs": prepared.missing_logprobs,
             **taken.numbers,
         }
-        self._follow(prepared, curves)
+        if critic is not None:
+            skipped = float(self._skips.total["critic"])
+            curves |= {**critic_curves(critic_updates), "critic/lr": critic_rate, "critic/skipped_steps": skipped}
+        if updates:
+            self._follow(prepared, curves)
         return applied, curves
 
     def _mismatch(self, prepared: Prepared, updates: list[Update], step: int) -> dict[str, float]:
@@ -155,22 +157,6 @@ class Trainer:
         every = settings.reference_update_every
         if every and (self._version + 1) % every == 0:
             models.reference.follow(models.policy, settings.reference_update_rate, seed=self._version + 1)
-
-    def _count_skipped(self, update: Update, number: int, mini_batch: MiniBatch, share: Share) -> None:
-        self._skipped += not update.applied
-        self._skipped_in_a_row = 0 if update.applied else self._skipped_in_a_row + 1
-        if update.applied:
-            return
-        step, size = share.step, share.rewards.shape[1]
-        log.error("update %d of step %d was skipped: loss or gradient is not finite", number, step)
-        prompts = self._ranks.max_across(prompt_numbers(share))
-        completions = [(int(prompts[str(place // size)]), place % size) for place in mini_batch.places.tolist()]
-        self._recorder.skipped_update(step, number, update.grad_norm, completions)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NumericError(
-                f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a non-finite loss or gradient, the last of step {step}; "
-                "weights are unchanged since. Lower learner.learning_rate, or resume from an older checkpoint"
-            )
 
     def _record(self, taken: Taken, curves: dict[str, float], *, skipped: bool) -> None:
         shares, step_s = self._clock.shares()

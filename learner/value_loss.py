@@ -35,7 +35,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float,
     unclipped = _distance(values, returns, kind)
     if clip == 0:
         return unclipped, torch.zeros_like(values, dtype=torch.bool)
-    clipped = _distance(old_values + (values - old_values).clamp(-clip, clip), returns, kind)
+    bounded = values.clamp(old_values - clip, old_values + clip)  # to the bit `values` inside, or rounding would count
+    clipped = _distance(bounded, returns, kind)
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 

@@ -198,16 +198,21 @@ class CorrectionsConfig(Section):
 
 
 class CriticConfig(Section):
-    """The value model of `algorithm.advantage: gae`."""
+    """The value model of `algorithm.advantage: gae`, which learns all its weights."""
 
+    path: str = ""
+    """Folder or Hugging Face name of the model that it starts from, which gets a value head. Empty: model.path.
+
+    It then starts from the supervised warm start, too, where there is one.
+    """
     learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate of its AdamW."""
+    """Peak learning rate of its AdamW, of the schedule that learner.learning_rate has; all else is as in `learner`."""
     clip: NonNegativeFloat = 0.5
     """Values are clipped to this distance from those before the batch. 0: no clipping."""
     loss: Literal["squared", "huber"] = "squared"
     """Of the difference between value and return."""
     warmup_steps: NonNegativeInt = 0
-    """First steps in which the critic learns alone."""
+    """First steps in which the critic learns alone, on completions of a policy that stays as it is."""
 
 
 class LoraConfig(Section):

@@ -9,6 +9,7 @@ from learner.preparation import Preparation
 from learner.ranks import Ranks
 from protocol.config import Config
 from tests.batch_shares import STEP, random_share
+from tests.critics import give_head
 from tests.learning import RATE, config
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -24,11 +25,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "algorithm": {"advantage": "reinforce_plus_plus", "gamma": 0.9, "top_entropy_frac": 0.3},
         "kl": {"coef": 0.1, "place": "reward"},
     },
+    "with a critic": {
+        "learner": {"zero": 3},
+        "algorithm": {"advantage": "gae", "gamma": 0.9, "lam": 0.9, "updates_per_batch": 2},
+    },
 }
 
 
 def prepared(model: str, ranks: Ranks) -> dict[str, Any]:
-    """By setting: losses, norms and sums of all ranks, and of this rank (place or target, advantage, correction)."""
+    """By setting: losses, norms and sums of all ranks; target, advantage, correction and value of this one's tokens."""
     return {name: _prepared(_config(model, sections), ranks) for name, sections in SETTINGS.items()}
 
 
@@ -40,12 +45,18 @@ def _config(model: str, sections: dict[str, dict[str, Any]]) -> Config:
 
 def _prepared(config: Config, ranks: Ranks) -> dict[str, Any]:
     models = Models.open(config, ranks)
+    if models.critic is not None:
+        give_head(models.critic)
     preparation = Preparation(config, ranks, models)
     found = preparation.prepare(random_share(7, rank=ranks.rank, num_ranks=ranks.num_ranks))
-    updates, tokens = [], []
+    updates, critic_steps, tokens = [], [], []
     for mini_batch in found.mini_batches:
         for batch in mini_batch.micro_batches:
-            tokens += zip(batch.targets.tolist(), batch.advantages.tolist(), batch.corrections.tolist(), strict=True)
+            columns = (batch.targets, batch.advantages, batch.corrections, batch.values.nan_to_num())
+            tokens += zip(*(column.tolist() for column in columns), strict=True)
+        if models.critic is not None:
+            value_loss = preparation.value_loss(mini_batch)
+            critic_steps.append(models.critic.update(mini_batch.micro_batches, value_loss, RATE))
         updates.append(models.policy.update(mini_batch.micro_batches, preparation.loss(mini_batch), RATE))
     (first, *_), (update, *_) = found.mini_batches, updates
     return {
@@ -53,6 +64,8 @@ def _prepared(config: Config, ranks: Ranks) -> dict[str, Any]:
         "totals": [list(mini_batch.totals) for mini_batch in found.mini_batches],
         "losses": [update.sums["loss"] for update in updates],
         "norms": [update.grad_norm for update in updates],
+        "critic_losses": [step.sums["loss"] for step in critic_steps],
+        "critic_norms": [step.grad_norm for step in critic_steps],
         "mismatch": found.mismatch or preparation.mismatch(first.micro_batches, update.logprobs, STEP),
         "reward_kl": found.reward_kl,
         "tokens": tokens,

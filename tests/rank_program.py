@@ -32,9 +32,10 @@ def main(folder: Path, parts: Sequence[str]) -> None:
 
 
 def gradients(folder: Path, ranks: Any) -> dict[str, Any]:
-    """The gradient of one batch at every ZeRO stage and budget; rank 0 writes it down by name."""
+    """The gradient of one batch at every ZeRO stage and budget, and of a critic; rank 0 writes it down by name."""
     from safetensors.torch import save_file
 
+    from tests.critics import critic_gradient, open_critic, valued_rows
     from tests.learning import BUDGETS, gradient, open_policy, sampled_batch
 
     found, updates = {}, {}
@@ -45,6 +46,10 @@ def gradients(folder: Path, ranks: Any) -> dict[str, Any]:
             by_name, update = gradient(policy, ranks, rows, budget)
             found |= {f"{zero}/{budget}/{name}": value for name, value in by_name.items()}
             updates[f"{zero}/{budget}"] = [update.sums["loss"], update.grad_norm, update.num_micro_batches]
+        critic = open_critic(str(folder / "untied"), ranks, zero, clip_grad=0.0, deepspeed=GATHER_EVERYTHING)
+        by_name, step = critic_gradient(critic, ranks, valued_rows(), BUDGETS[1])
+        found |= {f"{zero}/critic/{name}": value for name, value in by_name.items()}
+        updates[f"{zero}/critic"] = [step.sums["loss"], step.grad_norm, step.num_micro_batches]
     if ranks.is_first:
         save_file(found, folder / "gradients.safetensors")
     return {"gradients": updates}

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from learner.curves import critic_curves
 from learner.losses import policy_curves
 from learner.metrics import MetricsWriter, is_known
 from learner.samples import write_samples
+from learner.trained_model import OptimizerStep
 
 
 def lines(folder: Path) -> list[dict[str, float | None]]:
@@ -80,6 +82,12 @@ def test_every_average_of_the_loss_is_a_known_curve() -> None:
     counted = ("tokens", "clipped_low", "clipped_high", "clipped_dual")
     sums = dict.fromkeys((*counted, "loss", "k1", "kl_reference", "entropy", "ratio", "ratio_squared"), 1.0)
     assert all(map(is_known, policy_curves(sums)))
+
+
+def test_every_curve_of_the_critic_is_known() -> None:
+    names = ("tokens", "clipped", "value", "return", "return_squared", "error", "error_squared", "loss")
+    step = OptimizerStep(True, 1.0, dict.fromkeys(names, 1.0), 1)
+    assert all(map(is_known, critic_curves([step])))
 
 
 def test_samples_of_a_step_are_lines_and_replace_those_of_an_earlier_try(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from learner.ranks import Ranks
 from protocol.config import Config
 from protocol.types import Share
 from tests.batch_shares import STEP, random_share
+from tests.critics import give_head, slow_values
 from tests.learning import config as small_config
 from tests.learning import logprobs_one_by_one, model_folder, padded_rows_gradient
 from tests.prepared import SETTINGS, prepared
@@ -242,10 +243,37 @@ def test_remax_compares_with_the_greedy_completion(model: str, ranks: Ranks, sha
     assert {round(value, 5) for value in all_columns(mini_batch.micro_batches, "advantages")} == wanted
 
 
-def test_a_critic_is_needed_for_gae(model: str, ranks: Ranks, share: Share) -> None:
-    _, preparation = opened(model, ranks, algorithm={"advantage": "gae"})
-    with pytest.raises(AssertionError, match="gae needs the critic's values"):
-        preparation.prepare(share)
+def test_values_come_from_before_the_batch_and_make_advantages_and_returns(
+    model: str, ranks: Ranks, share: Share
+) -> None:
+    algorithm = {"advantage": "gae", "gamma": 0.9, "lam": 0.8, "updates_per_batch": 2}
+    models, preparation = opened(model, ranks, algorithm=algorithm)
+    assert models.critic is not None
+    give_head(models.critic)
+    rows = [row for row in loss_rows(share, 2, False) if len(row.kept)]
+    wanted: list[list[float]] = []
+    for row, values in zip(rows, slow_values(model, rows), strict=True):
+        value, advantage, of_row = values.tolist(), 0.0, []
+        for place in reversed(range(len(value))):
+            last = place == len(value) - 1
+            reward, after = (float(share.rewards.flat[row.place]), 0.0) if last else (0.0, value[place + 1])
+            advantage = reward + 0.9 * after - value[place] + 0.9 * 0.8 * advantage
+            of_row.append([value[place], advantage + value[place], advantage])
+        wanted += of_row
+    raw = [advantage for _, _, advantage in wanted]
+    mean = sum(raw) / len(raw)
+    std = (sum((advantage - mean) ** 2 for advantage in raw) / (len(raw) - 1) + 1e-8) ** 0.5
+    prepared = preparation.prepare(share)
+    assert len(prepared.mini_batches) == 2
+    batches = [batch for mini_batch in prepared.mini_batches for batch in mini_batch.micro_batches]
+    found = zip(*(all_columns(batches, name) for name in ("values", "returns", "advantages")), strict=True)
+    whitened = sorted([value, goal, (advantage - mean) / std] for value, goal, advantage in wanted)
+    for got, expected in zip(sorted(map(list, found)), whitened, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4, abs=5e-5)
+    critic = models.critic
+    first, second = (critic.update(m.micro_batches, preparation.value_loss(m), 0.0) for m in prepared.mini_batches)
+    assert first.sums["loss"] > 0
+    assert first.sums["tokens"] + second.sums["tokens"] == len(wanted)
 
 
 @pytest.mark.timeout(300)  # waits for a whole world of ranks
@@ -255,7 +283,7 @@ def test_ranks_prepare_one_batch_as_one_rank_does(name: str, two_ranks: World, r
     of_ranks = [rank["prepared"][name] for rank in two_ranks.seen]
     for seen in of_ranks:
         assert (seen["places"], seen["totals"]) == (alone["places"], alone["totals"])
-        for numbers in ("losses", "norms"):
+        for numbers in ("losses", "norms", "critic_losses", "critic_norms"):
             assert seen[numbers] == pytest.approx(alone[numbers], rel=1e-4, abs=1e-6)
         assert seen["mismatch"] == pytest.approx(alone["mismatch"], rel=1e-5, abs=1e-4)
         assert seen["reward_kl"] == pytest.approx(alone["reward_kl"], abs=1e-6)

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from learner.ranks import Ranks
+from tests.critics import padded_value_gradient, valued_rows
 from tests.learning import (
     BUDGETS,
     assert_trained_alike,
@@ -78,6 +79,18 @@ def test_several_ranks_have_loss_and_gradient_of_a_padded_batch(world: World, ze
             assert seen_norm == pytest.approx(float(norm), rel=SAME)
             if budget == 1:
                 assert num_micro_batches == -(-len(rows) // len(world.seen)), "one sequence each"
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_critic_on_several_ranks_has_loss_and_gradient_of_a_padded_batch(world: World, zero: int) -> None:
+    loss, wanted, _ = padded_value_gradient(str(world.folder / "untied"), valued_rows())
+    norm = sum(value.square().sum() for value in wanted.values()) ** 0.5
+    saved = load_file(world.folder / "gradients.safetensors")
+    assert largest_relative_difference({name: saved[f"{zero}/critic/{name}"] for name in wanted}, wanted) < SAME
+    for rank in world.seen:
+        seen_loss, seen_norm, _ = rank["gradients"][f"{zero}/critic"]
+        assert seen_loss == pytest.approx(loss, rel=SAME)
+        assert seen_norm == pytest.approx(float(norm), rel=SAME)
 
 
 def steps_of(world: World) -> list[list[dict[str, Any]]]:

@@ -13,12 +13,18 @@ import pytest
 import torch
 
 from learner.batches import MicroBatch
+from learner.critic import Critic
 from learner.losses import LossAndSums
 from learner.models import Models
 from learner.policy import Loss, Policy, Update
+from learner.publisher import Publisher
 from learner.ranks import Ranks
+from learner.trained_model import OptimizerStep
+from learner.value_loss import ValueLoss
 from protocol.config import Config
 from protocol.errors import NumericError
+from protocol.weights import Snapshot
+from tests.critics import critic_state
 from tests.learning import model_folder
 from tests.rank_worlds import EngineNearModel
 from tests.small_run import FakeGenerator, broker, make_run
@@ -56,6 +62,16 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     "two policies": {"algorithm": {"ratio": "behavior", **SEVERAL_UPDATES}, "corrections": {"weight": "none"}},
     "gdpo": {"algorithm": {"advantage": "gdpo", "overlong": "punish", "overlong_buffer_tokens": 4}},
     "remax": {"algorithm": {"advantage": "remax"}},
+    "ppo with a critic": {
+        "algorithm": {"advantage": "gae", "gamma": 0.99, "lam": 0.95, **SEVERAL_UPDATES},
+        "critic": {"learning_rate": 1e-2},
+    },
+    "ppo with a critic, groups of one, kl in the reward": {
+        "algorithm": {"advantage": "gae"},
+        "batch": {"prompts": 8, "group_size": 1},
+        "critic": {"loss": "huber", "clip": 0.0},
+        "kl": {"coef": 0.01, "place": "reward"},
+    },
     "gspo": {"algorithm": {"loss": "gspo", "aggregation": "sequence_mean_token_mean", **SEVERAL_UPDATES}},
     "cispo": {"algorithm": {"loss": "cispo", **SEVERAL_UPDATES}},
     "sapo": {"algorithm": {"loss": "sapo", "aggregation": "sequence_mean_token_sum", **SEVERAL_UPDATES}},
@@ -108,6 +124,7 @@ def test_every_algorithm_trains_and_has_finite_curves(name: str, model: str, ran
         assert curves["policy/grad_norm"] > 0
         assert 0 < curves["mismatch/ess"] <= 1
         assert ("policy/kl_reference" in curves) == ("kl" in sections)
+        assert (curves.get("critic/grad_norm", 0.0) > 0) == name.startswith("ppo with a critic")
     assert ("reward/overlong" in recorder.curves[0]) == (sections.get("algorithm", {}).get("overlong") == "punish")
 
 
@@ -130,6 +147,27 @@ class PoisonedPolicy:
         is_poisoned = self._number in self._poisoned
         self._number += 1
         return self._policy.update(micro_batches, infinite if is_poisoned else loss, learning_rate)
+
+
+class PoisonedCritic:
+    """A critic of which some updates, by their number in the run, have a loss that is not finite."""
+
+    def __init__(self, critic: Critic, poisoned: Sequence[int]) -> None:
+        self._critic, self._poisoned, self._number = critic, poisoned, 0
+        self.states: list[dict[str, torch.Tensor]] = []  # before each update, and at last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._critic, name)
+
+    def update(self, micro_batches: Sequence[MicroBatch], loss: ValueLoss, learning_rate: float) -> OptimizerStep:
+        def infinite(values: torch.Tensor, batch: MicroBatch) -> LossAndSums:
+            value, sums = loss(values, batch)
+            return value * math.inf, sums
+
+        self.states.append(critic_state(self._critic))
+        is_poisoned = self._number in self._poisoned
+        self._number += 1
+        return self._critic.update(micro_batches, infinite if is_poisoned else loss, learning_rate)
 
 
 def poisoned(models: Models, *numbers: int) -> tuple[Models, PoisonedPolicy]:
@@ -180,6 +218,78 @@ def test_a_batch_of_which_nothing_was_applied_is_a_skipped_step(model: str, rank
 
 def test_three_skipped_updates_in_a_row_stop_the_run(model: str, ranks: Ranks, tmp_path: Path) -> None:
     several = {"algorithm": {"updates_per_batch": 2}}
-    with pytest.raises(NumericError, match=r"3 updates in a row .* the last of step 1; weights are unchanged since"):
+    with pytest.raises(
+        NumericError, match=r"3 updates in a row of the policy .* the last of step 1; its weights are unchanged since"
+    ):
         trained(tmp_path / "run", model, ranks, several, lambda models: poisoned(models, 1, 2, 3)[0])
     assert len(lines(tmp_path / "run" / "skipped.jsonl")) == 3
+
+
+def test_a_skipped_update_of_the_critic_leaves_the_policys_and_is_written_down(
+    model: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    critics = []
+
+    def watch(models: Models) -> Models:
+        assert models.critic is not None
+        critics.append(PoisonedCritic(models.critic, [1]))
+        return replace(models, critic=critics[0])  # type: ignore[arg-type]
+
+    sections = {"algorithm": {"advantage": "gae", "updates_per_batch": 2}}
+    recorder = trained(tmp_path / "run", model, ranks, sections, watch)
+    first, second, third, _ = critics[0].states
+    assert all(torch.equal(second[name], third[name]) for name in third)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert [curves["critic/skipped_steps"] for curves in recorder.curves] == [1, 1]
+    assert [curves["policy/updates"] for curves in recorder.curves] == [2, 2]
+    (skipped,) = lines(tmp_path / "run" / "skipped.jsonl")
+    assert (skipped["step"], skipped["update"], skipped["model"]) == (0, 1, "critic")
+    assert len(skipped["completions"]) == 6
+
+
+def test_three_skipped_updates_of_the_critic_in_a_row_stop_a_run_whose_policy_is_fine(
+    model: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    def watch(models: Models) -> Models:
+        assert models.critic is not None
+        return replace(models, critic=PoisonedCritic(models.critic, [1, 2, 3]))  # type: ignore[arg-type]
+
+    sections = {"algorithm": {"advantage": "gae", "updates_per_batch": 2}}
+    with pytest.raises(
+        NumericError, match=r"of the critic .* the last of step 1; .* Lower critic.learning_rate"
+    ) as end:
+        trained(tmp_path / "run", model, ranks, sections, watch)
+    assert end.value.exit_code == 76
+
+
+def test_while_the_critic_learns_alone_every_version_is_the_same_policy(
+    model: str, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[tuple[int, str]] = []
+    finish = Publisher.finish
+
+    def watched(self: Publisher) -> Snapshot:
+        snapshot = finish(self)
+        published.append((snapshot.version, snapshot.manifest.digest))
+        return snapshot
+
+    monkeypatch.setattr(Publisher, "finish", watched)
+    sections = {
+        "algorithm": {"advantage": "gae"},
+        "critic": {"warmup_steps": 2, "learning_rate": 1e-2},
+        "run": {"steps": 4, "device": "cpu"},
+        "kl": {"coef": 0.01, "target": 0.1, "reference_update_every": 1},
+    }
+    recorder = trained(tmp_path / "run", model, ranks, sections)
+    versions, digests = zip(*published, strict=True)
+    assert versions == (0, 1, 2, 3, 4)
+    assert len(set(digests[:3])) == 1
+    assert len(set(digests)) == 3
+    curves = recorder.curves
+    assert [of_step["policy/updates"] for of_step in curves] == [0, 0, 1, 1]
+    assert [of_step["policy/lr"] for of_step in curves] == [0, 0, 1e-3, 1e-3]
+    assert [of_step["critic/lr"] for of_step in curves] == [1e-2] * 4
+    assert all(of_step["critic/grad_norm"] > 0 and of_step["mismatch/ess"] > 0 for of_step in curves)
+    assert ["policy/kl_coef" in of_step for of_step in curves] == [False, False, True, True]
+    assert curves[-1]["ledger/trained"] == 16, "a batch that only the critic learned from is trained"
+    assert curves[2]["critic/value_mean"] != 0

@@ -59,6 +59,15 @@ def test_the_cases_have_both_sides_of_the_clip_and_of_the_bend() -> None:
     assert {abs(value - target) > 10.0 for value, target in cases} == {True, False}
 
 
+def test_what_rounding_leaves_inside_the_clip_is_not_clipped() -> None:
+    """In float32, old + (value - old) is not always the value."""
+    generator = torch.Generator().manual_seed(0)
+    now, old, target = (torch.randn(1000, generator=generator) * 0.1 for _ in range(3))
+    assert (old + (now - old) != now).any()
+    _, clipped = value_loss(now, old, target, 1.0, "squared")
+    assert not clipped.any()
+
+
 def filled(batch: MicroBatch) -> MicroBatch:
     """With values and returns that follow from the tokens, in float64."""
     tokens = batch.targets.double()

@@ -64,8 +64,8 @@ class WatchedRecorder(Recorder):
                 "identity": [share.epoch, share.step, share.batch_digest.hex()],
                 "completions": [[item.prompt, item.sample] for item in share.items],
                 "rewards": share.rewards.tobytes().hex() + share.baseline_rewards.tobytes().hex(),
-                "loss": curves["policy/loss"],
-                "grad_norm": curves["policy/grad_norm"],
+                "loss": curves.get("policy/loss"),  # none while a critic learns alone
+                "grad_norm": curves.get("policy/grad_norm"),
                 "at": time.monotonic(),
             }
         )
@@ -78,7 +78,7 @@ def train_watched(run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     config = settings.load(run_dir / "config.yaml")
     policy = WatchedPolicy.open(config, config.model.path, ranks)
     assert isinstance(policy, WatchedPolicy)
-    ended, recorder = train_models(run_dir, config, Models(policy, None, AdaptiveKl(0.0, 0.0, 1), {}), ranks)
+    ended, recorder = train_models(run_dir, config, Models(policy, None, None, AdaptiveKl(0.0, 0.0, 1), {}), ranks)
     return {"complete": ended.complete, "steps": recorder.steps, "tokens": policy.tokens}
 
 
