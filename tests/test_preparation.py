@@ -248,10 +248,15 @@ def test_a_critic_is_needed_for_gae(model: str, ranks: Ranks, share: Share) -> N
         preparation.prepare(share)
 
 
+@pytest.fixture(scope="module")
+def by_one_rank(two_ranks: World, ranks: Ranks) -> dict[str, Any]:
+    return prepared(str(two_ranks.folder / "untied"), ranks)
+
+
 @pytest.mark.timeout(300)  # waits for a whole world of ranks
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_prepare_one_batch_as_one_rank_does(name: str, two_ranks: World, ranks: Ranks) -> None:
-    alone = prepared(str(two_ranks.folder / "untied"), ranks)[name]
+def test_ranks_prepare_one_batch_as_one_rank_does(name: str, two_ranks: World, by_one_rank: dict[str, Any]) -> None:
+    alone = by_one_rank[name]
     of_ranks = [rank["prepared"][name] for rank in two_ranks.seen]
     for seen in of_ranks:
         assert (seen["places"], seen["totals"]) == (alone["places"], alone["totals"])
