@@ -29,6 +29,35 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "learner": {"zero": 3},
         "algorithm": {"advantage": "gae", "gamma": 0.9, "lam": 0.9, "updates_per_batch": 2},
     },
+    "gspo": {
+        "learner": {"zero": 2},
+        "algorithm": {
+            "loss": "gspo",
+            "aggregation": "sequence_mean_token_mean",
+            "scale": "batch",
+            "updates_per_batch": 2,
+        },
+        "corrections": {"weight": "sequence", "sequence_ratio": "geometric_mean", "bound": "mask", "high": 1.5},
+    },
+    "cispo": {
+        "learner": {"zero": 3},
+        "algorithm": {
+            "loss": "cispo",
+            "aggregation": "sequence_mean_token_sum",
+            "overlong": "mask",
+            "epochs_per_batch": 2,
+        },
+        "kl": {"coef": 0.1, "form": "k1", "straight_through": True, "with_ratio": True},
+    },
+    "dppo": {
+        "learner": {"zero": 1},
+        "algorithm": {"loss": "dppo_kl", "aggregation": "sequence_mean_token_sum_norm", "scale": "none"},
+        "corrections": {"negative_kl_mask": 0.1},
+    },
+    "sapo": {
+        "learner": {"zero": 0},
+        "algorithm": {"advantage": "remax", "loss": "sapo", "aggregation": "token_sum", "entropy_coef": 0.01},
+    },
 }
 
 

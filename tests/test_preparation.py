@@ -276,10 +276,15 @@ def test_values_come_from_before_the_batch_and_make_advantages_and_returns(
     assert first.sums["tokens"] + second.sums["tokens"] == len(wanted)
 
 
+@pytest.fixture(scope="module")
+def by_one_rank(two_ranks: World, ranks: Ranks) -> dict[str, Any]:
+    return prepared(str(two_ranks.folder / "untied"), ranks)
+
+
 @pytest.mark.timeout(300)  # waits for a whole world of ranks
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_prepare_one_batch_as_one_rank_does(name: str, two_ranks: World, ranks: Ranks) -> None:
-    alone = prepared(str(two_ranks.folder / "untied"), ranks)[name]
+def test_ranks_prepare_one_batch_as_one_rank_does(name: str, two_ranks: World, by_one_rank: dict[str, Any]) -> None:
+    alone = by_one_rank[name]
     of_ranks = [rank["prepared"][name] for rank in two_ranks.seen]
     for seen in of_ranks:
         assert (seen["places"], seen["totals"]) == (alone["places"], alone["totals"])
