@@ -58,7 +58,8 @@ class CriticModel(PackedModel):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cuts: tuple[int, ...], positions: Tensor) -> Tensor:
         """Values [K] of the states at `positions` [K] of the row [1, T]: what was read up to there, that included."""
-        return self.head(self.hidden(input_ids, position_ids, cuts, positions))
+        values: Tensor = self.head(self.hidden(input_ids, position_ids, cuts, positions))
+        return values
 
 
 class Critic(TrainedModel):

@@ -170,7 +170,7 @@ class PackedModel(nn.Module):
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, cuts: tuple[int, ...], positions: Tensor) -> Tensor:
         """Last hidden states [K, D] at `positions` [K] of the row [1, T]; part of a subclass's forward."""
-        states = self.lm.base_model(
+        states: Tensor = self.lm.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=None,
