@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from learner.head import ChunkedHead
 from protocol.errors import ConfigError
 
 TOKENIZER_FILES = (
@@ -113,44 +113,6 @@ def uses_sliding_window(config: PretrainedConfig) -> bool:
     if layer_types is not None:
         return any(layer_type != "full_attention" for layer_type in layer_types)
     return getattr(config, "sliding_window", None) is not None
-
-
-class ChunkedHead(nn.Module):
-    """Log-probabilities and entropies from hidden states; logits exist for one chunk of tokens at a time.
-
-    `entropy_gradient`: entropies have one too, which only an entropy bonus needs.
-    """
-
-    def __init__(self, lm_head: nn.Linear, chunk_tokens: int, entropy_gradient: bool) -> None:
-        super().__init__()
-        self.chunk_tokens = chunk_tokens
-        self.entropy_gradient = entropy_gradient
-        self.__dict__["lm_head"] = lm_head  # a reference, no submodule: the model owns the weight
-
-    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """hidden [K, D], targets [K] -> log-probabilities [K], entropies [K], both float32."""
-        # the weight, no call of the module per chunk: under ZeRO-3 a call gathers, and ranks have unlike chunk counts
-        weight = self.lm_head.weight
-        chunks = [
-            checkpoint(
-                self._chunk,
-                hidden[start : start + self.chunk_tokens],
-                targets[start : start + self.chunk_tokens],
-                weight,
-                temperature,
-                use_reentrant=False,
-            )
-            for start in range(0, max(1, len(hidden)), self.chunk_tokens)
-        ]
-        logprobs, entropies = zip(*chunks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _chunk(self, hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight).float() / temperature
-        normalizer = logits.logsumexp(-1)
-        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-            entropies = normalizer - (logits.softmax(-1) * logits).sum(-1)
-        return logits.gather(-1, targets[:, None])[:, 0] - normalizer, entropies
 
 
 class PackedModel(nn.Module):

@@ -245,7 +245,7 @@ class LearnerConfig(Section):
     """DeepSpeed's ZeRO stage."""
     micro_batch_tokens: PositiveInt = 8192
     """Packed tokens (prompt and completion) of one forward and backward; a longer sequence runs alone."""
-    logprob_chunk_tokens: PositiveInt = 1024
+    logprob_chunk_tokens: PositiveInt = 512
     """Tokens whose logits exist at one time."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the backward pass."""
