@@ -60,7 +60,7 @@ CURVES = {
     "mismatch/sequence_ess": "the same, of whole completions",
     "mismatch/outside_frac": "tokens whose ratio is outside [corrections.low, corrections.high]",
     "mismatch/negative_masked_frac": "tokens that corrections.negative_kl_mask leaves out",
-    "mismatch/rejected_frac": "tokens whose policy loss counts nothing",
+    "mismatch/rejected_frac": "tokens that the corrections leave out of the policy loss",
     "mismatch/age_*": "ratio and KL of the tokens that are so many versions old",
     "mismatch/missing_logprobs": "tokens left out because the generator gave no log-probability",
     "completion/length_mean": "tokens of a completion",

@@ -18,7 +18,7 @@ from protocol.weights import Snapshot, SnapshotWriter, lay_out
 EOS = 1
 
 
-def make_tiny_qwen2(folder: Path, tied: bool, vocab: int = 200, seed: int = 0) -> Qwen2ForCausalLM:
+def make_tiny_qwen2(folder: Path, tied: bool, vocab: int = 200, seed: int = 0, num_layers: int = 2) -> Qwen2ForCausalLM:
     """Write config and tokenizer, no weights, into `folder`; return the model with random weights in float32.
 
     The vocabulary is no multiple of 64, so that vLLM pads it. The end of sequence has logit zero, far below the others.
@@ -27,7 +27,7 @@ def make_tiny_qwen2(folder: Path, tied: bool, vocab: int = 200, seed: int = 0) -
         vocab_size=vocab,
         hidden_size=128,
         intermediate_size=192,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
