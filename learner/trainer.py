@@ -27,6 +27,7 @@ from learner.policy import Update
 from learner.preparation import Preparation, Prepared
 from learner.ranks import Ranks
 from learner.recorder import Recorder
+from learner.reference import Reference
 from learner.schedule import learning_rate
 from learner.states import State, StateClock
 from protocol.config import Config
@@ -154,6 +155,7 @@ class Trainer:
         models.kl.update(curves["policy/kl_reference"], int(curves["completion/count"]))
         every = settings.reference_update_every
         if applied and every and (self._version + 1) % every == 0:
+            assert isinstance(models.reference, Reference), "with adapters this setting is refused"
             models.reference.follow(models.policy, settings.reference_update_rate)
 
     def _count_skipped(self, update: Update, number: int, mini_batch: MiniBatch, share: Share) -> None:

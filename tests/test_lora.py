@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -12,16 +15,21 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.engine import EngineOptions
+from actors.transformers_engine import TransformersEngine
 from learner import checkpoint
-from learner.batches import pack
+from learner.batches import Row, pack
 from learner.models import Models
 from learner.policy import Policy
 from learner.preparation import Preparation
+from learner.publisher import Publisher
 from learner.ranks import Ranks
 from learner.warmup import warm_up
 from protocol.config import Config
 from protocol.errors import ConfigError
+from protocol.types import Completion, SamplingParams
 from tests.batch_shares import random_share
+from tests.engines import begin, until
 from tests.learning import (
     assert_trained_alike,
     config,
@@ -39,6 +47,7 @@ from tests.learning import (
     whole_state,
 )
 from tests.rows import random_rows
+from tests.test_publisher import tensors
 
 RANK, ALPHA = 4, 12.0
 STAGES = [0, 1, 2, 3]
@@ -273,3 +282,68 @@ def test_a_checkpoint_without_adapters_is_no_checkpoint_of_a_run_with_them(
     path = checkpoint.save(tmp_path, 2, Policy.open(config(), model, ranks), {}, 1, ranks)
     with pytest.raises(ConfigError, match=r"of another model: .* set model.path, and lora as it was"):
         checkpoint.load(path, opened(model, ranks))
+
+
+# --- What travels
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_version_is_the_adapters_alone_and_the_base_is_written_once(
+    model: str, ranks: Ranks, tmp_path: Path, zero: int
+) -> None:
+    policy = opened(model, ranks, zero)
+    publisher = Publisher(tmp_path / "snapshots", policy, ranks)
+    made = []
+    for version in range(4):
+        publisher.copy(version)
+        made.append(publisher.finish())
+        made[-1].verify()
+        assert_equal(tensors(made[-1]), {name: weight.clone() for name, weight in weights(policy).items()})
+        train_step(policy, ranks, random_rows(version, 6), learning_rate=1e-2)
+    [base] = {id(snapshot.base): snapshot.base for snapshot in made}.values()
+    assert base is not None
+    base.verify()
+    assert_equal(tensors(base), dict(AutoModelForCausalLM.from_pretrained(model).named_parameters()))
+    assert {snapshot.manifest.base for snapshot in made} == {base.digest}
+    assert base.manifest.base == ""
+    numbers = sum(weight.numel() for weight in weights(policy).values())
+    assert made[0].manifest.total_bytes == 4 * numbers < base.manifest.total_bytes / 4
+    assert {path.name for path in (tmp_path / "snapshots").iterdir()} >= {"base", "v3"}
+
+
+def test_the_oracle_samples_with_the_logprobs_of_the_learner_on_both_sides_of_an_update(
+    model: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its adapters know nothing of peft."""
+    policies = [trained(model, ranks, steps=steps) for steps in (1, 3)]
+    snapshots = []
+    for version, policy in enumerate(policies):
+        publisher = Publisher(tmp_path / f"snapshots{version}", policy, ranks)
+        publisher.copy(version)
+        snapshots.append(publisher.finish())
+    question = np.arange(2, 12, dtype=np.int32)
+
+    async def scene() -> list[Completion]:
+        engine = TransformersEngine(EngineOptions(Path(model), 256, lora_rank=RANK, lora_alpha=ALPHA))
+        await engine.start()
+        await engine.load(snapshots[0])
+        tasks = begin(engine, [question] * 6, SamplingParams(40))
+        await until(lambda: engine.statistics().generated_tokens >= 60, "60 tokens in all")
+        await engine.load(replace(snapshots[1], base=None))
+        assert engine.held_base == snapshots[0].manifest.base
+        completions = await asyncio.gather(*tasks)
+        await engine.close()
+        return completions
+
+    num_on_both_sides = 0
+    for completion in asyncio.run(scene()):
+        length = len(completion.tokens)
+        in_loss, versions = np.ones(length, np.bool_), np.zeros(length, np.int32)
+        row = Row(question, completion.tokens, in_loss, completion.behavior_logprobs, versions)
+        by_version = [policy.logprobs(pack([row], 512))[0].numpy() for policy in policies]
+        for version, start, end in completion.spans:
+            of_tokens = completion.behavior_logprobs[start:end]
+            assert np.abs(by_version[version][start:end] - of_tokens).max() < 1e-5
+            assert np.abs(by_version[1 - version][start:end] - of_tokens).max() > 1e-3
+        num_on_both_sides += len(completion.spans) == 2
+    assert num_on_both_sides
