@@ -179,8 +179,15 @@ class DeepSpeedEngine:
         return _opened(named, self.stage)
 
     def close(self) -> None:
-        """Local: let go of what the module does not own. The engine is of no use afterwards."""
+        """Local: let go of master weights and moments, which DeepSpeed itself keeps alive under ZeRO 3.
+
+        The engine is of no use afterwards.
+        """
+        partitions = self._flat_partitions()
+        self._optimizer.state.clear()
         self._engine.destroy()
+        for tensor in partitions:
+            tensor.data = tensor.new_empty(0)
 
     # What training goes on from: float32 weights and AdamW's moments, whole, by parameter.
 

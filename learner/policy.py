@@ -227,7 +227,7 @@ class Policy:
         self._ranks.barrier("save the model")
 
     def close(self) -> None:
-        """Local: let go of optimizer and gradients; the policy is of no use afterwards."""
+        """Local: let go of master weights and moments; the policy is of no use afterwards."""
         self._engine.close()
 
     @property

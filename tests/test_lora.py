@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,9 +30,11 @@ from learner.warmup import warm_up
 from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.types import Completion, SamplingParams
+from protocol.weights import Snapshot
 from tests.batch_shares import random_share
 from tests.engines import begin, until
 from tests.learning import (
+    RATE,
     assert_trained_alike,
     config,
     examples,
@@ -39,13 +43,16 @@ from tests.learning import (
     largest_relative_difference,
     logprobs_one_by_one,
     model_folder,
+    open_policy,
     padded_gradient,
     sampled_batch,
+    sampled_steps,
     train_step,
     warmup_settings,
     weights,
     whole_state,
 )
+from tests.rank_worlds import World
 from tests.rows import random_rows
 from tests.test_publisher import tensors
 
@@ -141,6 +148,22 @@ def test_all_ranks_draw_the_same_adapters_from_the_runs_seed(model: str, ranks: 
     policy, same, other = (opened(model, ranks, run={"seed": seed}) for seed in (1, 1, 2))
     assert_equal(weights(policy), weights(same))
     assert largest_difference(weights(policy), weights(other)) > 0.01
+
+
+def test_three_ranks_train_and_publish_the_same_adapters_as_one(three_ranks: World, ranks: Ranks) -> None:
+    model = str(three_ranks.folder / "untied")
+    policy = open_policy(model, ranks, lora={"rank": 4})
+    updates = [train_step(policy, ranks, rows, learning_rate=RATE) for rows in sampled_steps(model)]
+    lm = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
+    by_stage = load_file(three_ranks.folder / "adapters.safetensors")
+    for zero in ("0", "2", "3"):
+        found = {name.removeprefix(f"{zero}/"): value for name, value in by_stage.items() if name.startswith(zero)}
+        assert_trained_alike(found, weights(policy))
+        for rank in three_ranks.seen:
+            assert rank["adapters"][zero] == pytest.approx([update.grad_norm for update in updates], rel=1e-5)
+        folder = three_ranks.folder / f"adapters{zero}"
+        assert_equal(tensors(Snapshot.open(folder / "v4", 4)), found)
+        assert_equal(tensors(Snapshot.open(folder / "base", 0)), lm)
 
 
 def test_only_the_modules_that_are_named_get_one(model: str, ranks: Ranks) -> None:
@@ -248,6 +271,21 @@ def test_a_resumed_run_goes_on_bit_for_bit_from_a_base_that_a_warm_start_made(
     assert resumed.reference is not None
     for ours, theirs in zip(models.reference.logprobs(BATCHES), resumed.reference.logprobs(BATCHES), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_what_a_warm_start_needed_is_let_go(model: str, ranks: Ranks, zero: int) -> None:
+    run = settings(model, zero, warmup={"steps": 3})
+    models = Models.open(run, ranks)
+    whole = models.policy_to_warm(run, ranks)
+    train_step(whole, ranks, random_rows(1, 6))
+    states = whole._engine._optimizer.state.values()
+    moments = [weakref.ref(value) for state in states for value in state.values() if value.numel() > 1]
+    assert len(moments) >= 2
+    del states
+    models.warmed_up(whole)
+    assert [moment() for moment in moments] == [None] * len(moments)
+    assert train_step(models.policy, ranks, random_rows(1, 6)).applied
 
 
 @pytest.mark.parametrize("zero", [0, 3])
