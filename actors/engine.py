@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from protocol.errors import Exit, TetherError
+from protocol.errors import Exit, SnapshotError, TetherError
 from protocol.types import Completion, SamplingParams, Tokens
 from protocol.weights import Snapshot
 
@@ -77,6 +77,8 @@ class EngineOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0  # of requests without a seed; distinct for each generator
     max_num_seqs: int = 64  # requests that run at a time; more are queued
+    lora_rank: int = 0  # of the adapters that snapshots are; 0: snapshots are whole weights
+    lora_alpha: float = 0.0  # adapters count alpha / rank
     recompute_cache: bool = True  # after a load, running requests re-prefill; False: they keep the old weights' KV
     extra: Mapping[str, Any] = field(default_factory=dict)  # the `vllm:` settings, passed verbatim to AsyncEngineArgs
 
@@ -87,6 +89,10 @@ class Engine(Protocol):
     @property
     def held(self) -> HeldVersion | None:
         """What is served now. None before the first load."""
+
+    @property
+    def held_base(self) -> str:
+        """Digest of the weights below the adapters that are served; "" where there are none."""
 
     async def start(self) -> None:
         """Build the engine. It serves nothing before the first `load`."""
@@ -102,8 +108,9 @@ class Engine(Protocol):
     async def load(self, snapshot: Snapshot) -> LoadTimes:
         """Swap the weights between two tokens; running requests go on with the new ones, none is dropped.
 
-        Raises SnapshotError before anything was touched when the snapshot is gone or cut short, EnginePoisoned when it
-        failed half-way (cancelled included), EngineDead when the engine died.
+        Adapters go beside `snapshot.base`, or beside the base that is held. Raises SnapshotError before anything was
+        touched when something is missing or cut short, EnginePoisoned when it failed half-way (cancelled included),
+        EngineDead when the engine died.
         """
 
     def progress(self) -> Mapping[str, int]:
@@ -117,3 +124,19 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End the engine and its processes; running requests raise EngineDead. May be called at any time, and twice."""
+
+
+def check_before_load(snapshot: Snapshot, options: EngineOptions, held_base: str) -> None:
+    """Raise SnapshotError unless all that `snapshot` needs is here, in its full length."""
+    snapshot.check_size()
+    wanted = snapshot.manifest.base
+    if bool(wanted) != bool(options.lora_rank):
+        kinds = ("adapters" if wanted else "whole weights", f"lora.rank {options.lora_rank}")
+        raise SnapshotError(f"snapshot {snapshot.version} is of {kinds[0]}, which does not fit {kinds[1]}")
+    if snapshot.base is not None:
+        snapshot.base.check_size()
+    given = snapshot.base.digest if snapshot.base is not None else held_base
+    if wanted and wanted != given:
+        raise SnapshotError(
+            f"the adapters of version {snapshot.version} stand beside {wanted[:12]}, here is {given[:12] or 'none'}"
+        )

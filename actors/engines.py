@@ -29,6 +29,8 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
         device="cpu" if device == "cpu" else "cuda",
         seed=seed,
         max_num_seqs=config.generators.max_running,
+        lora_rank=config.lora.rank,
+        lora_alpha=config.lora.alpha,
         recompute_cache=config.generators.recompute_cache,
         extra=config.vllm,
     )

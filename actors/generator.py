@@ -190,7 +190,7 @@ class Generator:
     async def _apply(self, version: int) -> None:
         started, epoch = time.monotonic(), self._session.epoch
         try:
-            snapshot = await self._source.fetch(version)
+            snapshot = await self._source.fetch(version, self._engine.held_base)
         except SnapshotError as error:
             log.info("version %d was not fetched: %s", version, error)
             await asyncio.sleep(self._config.watchdog.heartbeat_s / 4)  # the next heartbeat brings the newest

@@ -26,6 +26,7 @@ from actors.engine import (
     LoadTimes,
     NotLoaded,
     RequestFailed,
+    check_before_load,
 )
 from protocol.types import Completion, FinishReason, SamplingParams, Tokens, VersionSpan
 from protocol.weights import Snapshot
@@ -56,6 +57,7 @@ class SteppedEngine(ABC):
 
     def __init__(self, options: EngineOptions) -> None:
         self.held: HeldVersion | None = None
+        self.held_base = ""
         self._options = options
         self._requests: dict[str, Running] = {}  # in order of arrival: the first `max_num_seqs` of them run
         self._arrival = asyncio.Event()
@@ -75,7 +77,7 @@ class SteppedEngine(ABC):
 
     @abstractmethod
     async def _swap(self, snapshot: Snapshot, requests: Sequence[Running]) -> None:
-        """Take over every parameter of a snapshot, or raise; the requests go on afterwards."""
+        """Take over every parameter of a snapshot and of its base, or raise; the requests go on afterwards."""
 
     @abstractmethod
     def _stop_token_ids(self) -> frozenset[int]:
@@ -114,7 +116,7 @@ class SteppedEngine(ABC):
         started = time.perf_counter()
         async with self._between_steps:
             self._check()
-            snapshot.check_size()
+            check_before_load(snapshot, self._options, self.held_base)
             paused = time.perf_counter()
             try:
                 await self._swap(snapshot, [*self._requests.values()])
@@ -124,7 +126,7 @@ class SteppedEngine(ABC):
                 if not isinstance(error, Exception):
                     raise
                 self._check()
-            self.held = HeldVersion(snapshot.version, snapshot.digest)
+            self.held, self.held_base = HeldVersion(snapshot.version, snapshot.digest), snapshot.manifest.base
             return LoadTimes(paused - started, time.perf_counter() - paused, 0.0)
 
     def progress(self) -> Mapping[str, int]:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from actors.engine import EngineOptions
+from actors.hooked_adapters import HookedAdapters
 from actors.snapshot_tensors import TORCH_DTYPES, snapshot_tensors
 from actors.stepped_engine import Draw, Running, SteppedEngine
 from protocol.errors import SnapshotError
@@ -45,6 +46,7 @@ class TransformersEngine(SteppedEngine):
         path, dtype = self._options.model_path, TORCH_DTYPES[self._options.dtype]
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         self._model = model.to(self._options.device).eval()
+        self._adapters = HookedAdapters(self._model, self._options.lora_alpha)
         eos = AutoTokenizer.from_pretrained(path).eos_token_id
         self._stops = frozenset() if eos is None else frozenset({eos})
 
@@ -69,7 +71,10 @@ class TransformersEngine(SteppedEngine):
         return sample(logits[0, -1].float().cpu(), request.sampling, state.random)
 
     async def _swap(self, snapshot: Snapshot, requests: Sequence[Running]) -> None:
-        await asyncio.to_thread(self._copy_weights, snapshot)
+        if snapshot.base is not None:
+            await asyncio.to_thread(self._copy_weights, snapshot.base)
+        take_over = self._adapters.put if snapshot.manifest.base else self._copy_weights
+        await asyncio.to_thread(take_over, snapshot)
         if self._options.recompute_cache:
             for request in requests:
                 if request.state is not None:

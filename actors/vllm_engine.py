@@ -28,14 +28,16 @@ from actors.engine import (
     LoadTimes,
     NotLoaded,
     RequestFailed,
+    check_before_load,
 )
-from actors.vllm_settings import PLUGIN, engine_arguments
+from actors.vllm_settings import ADAPTER_ID, PLUGIN, engine_arguments
 from protocol.errors import ConfigError
 from protocol.types import Completion, FinishReason, SamplingParams, Tokens, VersionSpan
 from protocol.weights import Snapshot
 
 if TYPE_CHECKING:
     import vllm
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import SchedulerStats
@@ -58,6 +60,8 @@ class VLLMEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self.held: HeldVersion | None = None
+        self.held_base = ""
+        self._options = options
         self._recompute_cache = options.recompute_cache
         self._arguments = engine_arguments(options)
         self._llm: AsyncLLM | None = None
@@ -103,7 +107,10 @@ class VLLMEngine:
         prompt = tokens_input(prompt_tokens.tolist(), cache_salt=f"{self.held.version}:{self.held.digest}")
         self._progress[request_id] = 0
         try:
-            async for output in self._llm.generate(prompt, _sampling_params(sampling, seed), request_id):
+            answer = self._llm.generate(
+                prompt, _sampling_params(sampling, seed), request_id, lora_request=self._lora_request()
+            )
+            async for output in answer:
                 [last] = output.outputs
                 self._count(request_id, len(last.token_ids))
                 if self._num_abort_alls != num_abort_alls:
@@ -123,7 +130,7 @@ class VLLMEngine:
         assert self._llm is not None, "start comes before load"
         async with self._loading:
             self._check()
-            snapshot.check_size()
+            check_before_load(snapshot, self._options, self.held_base)
             self._serving.clear()
             try:
                 return await self._swap(self._llm, snapshot)
@@ -140,21 +147,44 @@ class VLLMEngine:
 
     async def _swap(self, llm: AsyncLLM, snapshot: Snapshot) -> LoadTimes:
         """Pause between two engine steps, load, set the version, resume."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        update = WeightTransferUpdateRequest({"folder": str(snapshot.folder.absolute()), "digest": snapshot.digest})
         started = time.perf_counter()
         pause = llm.pause_generation(mode="keep", clear_cache=self._recompute_cache)
         await _guarded(llm, "pause_generation", pause)
         paused = time.perf_counter()
-        await _guarded(llm, "start_weight_update", llm.start_weight_update())
-        await _guarded(llm, "update_weights", llm.update_weights(update))
-        finish = llm.finish_weight_update(weight_version=str(snapshot.version))
-        await _guarded(llm, "finish_weight_update", finish)
+        if not snapshot.manifest.base:
+            await self._reload(llm, snapshot)
+        elif snapshot.base is not None:
+            await self._reload(llm, snapshot.base)
+        if snapshot.manifest.base:
+            arguments = (str(snapshot.folder.absolute()), snapshot.digest, self._options.lora_alpha)
+            await _guarded(llm, "put_adapters", llm.collective_rpc("put_adapters", args=arguments))
+        await _guarded(llm, "update_weight_version", llm.update_weight_version(str(snapshot.version)))
         loaded = time.perf_counter()
-        self.held = HeldVersion(snapshot.version, snapshot.digest)
+        self.held, self.held_base = HeldVersion(snapshot.version, snapshot.digest), snapshot.manifest.base
         await _guarded(llm, "resume_generation", llm.resume_generation())
         return LoadTimes(paused - started, loaded - paused, time.perf_counter() - loaded)
+
+    async def _reload(self, llm: AsyncLLM, snapshot: Snapshot) -> None:
+        """Load whole weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        update = WeightTransferUpdateRequest({"folder": str(snapshot.folder.absolute()), "digest": snapshot.digest})
+        await _guarded(llm, "start_weight_update", llm.start_weight_update())
+        await _guarded(llm, "update_weights", llm.update_weights(update))
+        await _guarded(llm, "finish_weight_update", llm.finish_weight_update())
+
+    def _lora_request(self) -> LoRARequest | None:
+        """Names the adapter in the one place there is, which the worker has filled before (`weight_plugin`).
+
+        Equal ids, so that running requests go on with the next adapter; unlike names, so that vLLM takes no cached
+        block of one for the other's.
+        """
+        from vllm.lora.request import LoRARequest
+
+        if not self.held_base:
+            return None
+        assert self.held is not None
+        return LoRARequest(f"{self.held.version}:{self.held.digest}", ADAPTER_ID, lora_path=PLUGIN)
 
     def progress(self) -> Mapping[str, int]:
         return dict(self._progress)

@@ -13,6 +13,9 @@ from protocol.errors import ConfigError
 PLUGIN = "tether"
 """Name of our entry point in `vllm.general_plugins`, and of the weight transfer backend that it registers."""
 
+ADAPTER_ID = 1
+"""Of every adapter, as vLLM counts them."""
+
 LEAKED_VARIABLES = (
     "AITER_*",
     "LD_LIBRARY_PATH",
@@ -37,10 +40,18 @@ _OURS = frozenset(
         "max_num_seqs",
         "seed",
         "load_format",
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "lora_dtype",
+        "worker_extension_cls",
         "weight_transfer_config",
         "logprobs_mode",
     ]
 )
+
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 def environment(device: str) -> dict[str, str]:
@@ -93,4 +104,9 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "load_format": "dummy",
         "logprobs_mode": "processed_logprobs",
     }
+    if options.lora_rank:
+        room = next(rank for rank in LORA_RANKS if rank >= options.lora_rank)
+        # one: the newest adapter is put in the place of the last, for requests that run, too
+        needed |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        needed["worker_extension_cls"] = "actors.weight_plugin.AdapterWorker"
     return defaults | dict(options.extra) | needed

@@ -2,8 +2,8 @@
 
 vLLM calls `register` in the front-end, in every engine core and in every worker, because it is declared as the entry
 point `tether` of `vllm.general_plugins`. That every parameter is loaded rests on
-`SnapshotTransferEngine.receive_weights`; that no head keeps old weights, on its `finish_weight_update`; that no
-engine core outlives its generator, on `protocol/parent.py`.
+`SnapshotTransferEngine.receive_weights`; that no head keeps old weights, on its `finish_weight_update`; that every
+adapter is, on `AdapterWorker.put_adapters`; that no engine core outlives its generator, on `protocol/parent.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -22,6 +23,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -29,7 +32,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from actors.snapshot_tensors import snapshot_tensors
-from actors.vllm_settings import PLUGIN
+from actors.vllm_settings import ADAPTER_ID, PLUGIN
 from protocol.errors import SnapshotError
 from protocol.parent import leave_with
 from protocol.weights import Snapshot
@@ -80,9 +83,7 @@ class SnapshotTransferEngine(WeightTransferEngine[NoInit, SnapshotUpdate]):
 
     def receive_weights(self, update_info: SnapshotUpdate) -> None:
         """Load every tensor of the snapshot. Raises SnapshotError if one has no place, or a parameter got no tensor."""
-        snapshot = Snapshot.open(Path(update_info.folder), version=0)
-        if snapshot.digest != update_info.digest:
-            raise SnapshotError(f"{update_info.folder} has become another snapshot: {snapshot.digest[:12]}")
+        snapshot = _opened(update_info.folder, update_info.digest)
         self.model.load_weights(snapshot_tensors(snapshot))
         missing = [name for name, layer in self.model.named_modules() if layer not in self._tied and _is_short(layer)]
         if missing:
@@ -100,6 +101,47 @@ class SnapshotTransferEngine(WeightTransferEngine[NoInit, SnapshotUpdate]):
 
     def shutdown(self) -> None:
         pass
+
+
+class AdapterWorker:
+    """What vLLM adds to its worker where snapshots are adapters. They are no weight update: each of those ends with
+    all adapters forgotten.
+    """
+
+    model_runner: Any  # of the worker
+
+    def put_adapters(self, folder: str, digest: str, alpha: float) -> None:
+        """Put a snapshot's adapters in the place of the last; no file in peft's format is needed.
+
+        Raises SnapshotError if one of their modules has no place: vLLM itself would leave it out in silence.
+        """
+        model = self.model_runner.get_model()
+        manager, mapper = model.lora_manager, getattr(model, "hf_to_vllm_mapper", None)
+        snapshot = _opened(folder, digest)
+        # copies: vLLM keeps them, and a view would hold the file, which the learner writes over
+        tensors = {f"base_model.model.{name}": tensor.clone() for name, tensor in snapshot_tensors(snapshot)}
+        rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
+        adapters = LoRAModel.from_lora_tensors(
+            ADAPTER_ID,
+            tensors,
+            PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            weights_mapper=mapper and mapper.get_rename_mapper(),
+        )
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapters)
+        homeless = sorted(adapters.loras.keys() - manager.modules.keys())
+        if homeless:
+            raise SnapshotError(f"vLLM has no place for adapters of {', '.join(homeless)}; set lora.targets")
+        manager.activate_adapter(ADAPTER_ID)
+
+
+def _opened(folder: str, digest: str) -> Snapshot:
+    snapshot = Snapshot.open(Path(folder), version=0)
+    if snapshot.digest != digest:
+        raise SnapshotError(f"{folder} has become another snapshot: {snapshot.digest[:12]}")
+    return snapshot
 
 
 def _tied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -130,11 +130,10 @@ class GeneratorDesk:
 
     def manifest(self, peer: Peer, message: FetchManifest) -> ManifestAnswer:
         self._run.shelf.ended(peer.session)
-        shelved = self._run.shelf.version(message.version)
+        shelf, what = self._run.shelf, f"base {message.base[:12]}" if message.base else f"version {message.version}"
+        shelved = shelf.base(message.base) if message.base else shelf.version(message.version)
         if shelved is None:
-            raise ProtocolError(
-                "version", f"version {message.version} is not on the shelf any more; ask for the newest"
-            )
+            raise ProtocolError("version", f"{what} is not on the shelf any more; ask for the newest")
         path = shelved.path if peer.host and peer.host == shelved.host else ""
         return ManifestAnswer(version=shelved.version, digest=shelved.digest, manifest=shelved.manifest, path=path)
 

@@ -60,11 +60,17 @@ class LearnerDesk:
 
     def publish(self, message: Publish, now: float) -> Done:
         oldest_useful = self._run.scheduler_now().next_step - self._run.config.staleness.max
+        shelf = self._run.shelf
         try:
-            self._run.shelf.put(message, oldest_useful)
+            if message.is_base:
+                shelf.put_base(message)
+            else:
+                shelf.put(message, oldest_useful)
+                self._announce()
+        except LookupError as error:
+            raise ProtocolError("base", str(error)) from None
         except (SnapshotError, ValueError) as error:
             raise ProtocolError("manifest", str(error)) from None
-        self._announce()
         self._run.progress_at = now
         self._run.changed = True
         return Done()

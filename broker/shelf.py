@@ -9,6 +9,9 @@ snapshot_ring.py). So a file that this shelf has mapped stands, and the rule is 
   holds it could be given a lease, and only one such version at a time, the oldest. All others are told to ask for the
   newest. So shared memory holds three snapshots at most: the newest, the one being finished, the one being written.
 
+- A base, which versions of adapters name, can be pulled as long as one of them is known. The learner never writes over
+  it, so who pulls it stands in nobody's way.
+
 The broker's own memory does not grow with the weights: it holds the chunks that are under way to their readers. Those
 are copies, since a view that waits for a slow reader would keep the file mapped after this shelf has let it go.
 """
@@ -30,13 +33,14 @@ REMEMBERED = 64  # newest versions whose digests are known: an evaluation may ou
 
 @dataclass(frozen=True, eq=False)
 class Shelved:
-    """One published version."""
+    """One published version, or a base."""
 
     version: int
     digest: str
     manifest: bytes
     path: str
     host: str
+    base: str = ""  # digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +57,44 @@ class Shelf:
     def __init__(self) -> None:
         self._versions: OrderedDict[int, Shelved] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
+        self._bases: dict[str, Shelved] = {}  # by digest
         self._pulls: dict[int, Pull] = {}  # by reader
         self._mapped: dict[str, Snapshot] = {}  # by digest; each has a reader
 
     def put(self, publish: Publish, oldest_useful: int = 0) -> None:
         """Take a new version; no lease is given any more to who holds a version below `oldest_useful`.
 
-        Raises SnapshotError if the manifest is none, ValueError if it is not the one the digest names.
+        Raises SnapshotError if the manifest is none, ValueError if it is not the one the digest names, LookupError if
+        it names a base that is not here.
         """
-        manifest = Manifest.from_bytes(publish.manifest)
-        if manifest.digest != publish.digest:
-            raise ValueError(f"the manifest's digest is {manifest.digest[:12]}, the message says {publish.digest[:12]}")
+        manifest = _manifest(publish)
+        if manifest.base and manifest.base not in self._bases:
+            raise LookupError(f"version {publish.version} stands beside {manifest.base[:12]}, which is not published")
         self._versions.pop(publish.version, None)
-        self._versions[publish.version] = Shelved(
-            publish.version, publish.digest, publish.manifest, publish.path, publish.host
-        )
+        self._versions[publish.version] = _shelved(publish, manifest)
         self._digests[publish.version] = publish.digest
         for table, limit in ((self._versions, KEPT), (self._digests, REMEMBERED)):
             while len(table) > limit:
                 table.popitem(last=False)
+        named = {shelved.base for shelved in self._versions.values()}
+        self._bases = {digest: base for digest, base in self._bases.items() if digest in named}
         self._mapped.pop(publish.digest, None)  # equal weights of an older version: from now on of this one's file
-        useful = [snapshot for snapshot in self._mapped.values() if snapshot.version >= oldest_useful]
+        bases = {digest: snapshot for digest, snapshot in self._mapped.items() if digest in self._bases}
+        older = [snapshot for digest, snapshot in self._mapped.items() if digest not in bases]
+        useful = [snapshot for snapshot in older if snapshot.version >= oldest_useful]
         stays = min(useful, key=lambda snapshot: snapshot.version, default=None)
-        self._mapped = {} if stays is None else {stays.digest: stays}
+        self._mapped = bases if stays is None else bases | {stays.digest: stays}
+
+    def put_base(self, publish: Publish) -> None:
+        """Take what later versions stand beside. Raises as `put`, and ValueError if it names a base itself."""
+        manifest = _manifest(publish)
+        if manifest.base:
+            raise ValueError(f"a base has no base, {publish.digest[:12]} names {manifest.base[:12]}")
+        self._bases[publish.digest] = _shelved(publish, manifest)
 
     def clear(self) -> None:
         self._versions.clear()
+        self._bases.clear()
         self._digests.clear()
         self._pulls.clear()
         self._mapped.clear()
@@ -89,6 +105,9 @@ class Shelf:
 
     def version(self, version: int) -> Shelved | None:
         return self._versions.get(version)
+
+    def base(self, digest: str) -> Shelved | None:
+        return self._bases.get(digest)
 
     def chunk(self, digest: str, index: int, reader: int, now: float) -> Bytes:
         """A copy of one chunk. Raises SnapshotError when it is not to be had any more."""
@@ -111,18 +130,35 @@ class Shelf:
         self._let_go()
 
     def _open(self, digest: str) -> Snapshot:
-        shelved = next((entry for entry in reversed(self._versions.values()) if entry.digest == digest), None)
-        if shelved is None:
-            raise SnapshotError("it is not on the shelf")
-        newest = next(reversed(self._versions.values()))
-        if shelved is not newest and any(pulled != newest.digest for pulled in self._mapped):
-            raise SnapshotError("an older one is being finished")
+        shelved = self._bases.get(digest) or self._pullable(digest)
         snapshot = Snapshot.open(Path(shelved.path), shelved.version)
         if snapshot.digest != digest:
             raise SnapshotError(f"its folder holds {snapshot.digest[:12]} now")
         return snapshot
 
+    def _pullable(self, digest: str) -> Shelved:
+        shelved = next((entry for entry in reversed(self._versions.values()) if entry.digest == digest), None)
+        if shelved is None:
+            raise SnapshotError("it is not on the shelf")
+        newest = next(reversed(self._versions.values()))
+        others = self._mapped.keys() - self._bases.keys() - {newest.digest}
+        if shelved is not newest and others:
+            raise SnapshotError("an older one is being finished")
+        return shelved
+
     def _let_go(self) -> None:
         """Unmap what nobody pulls."""
         pulled = {pull.digest for pull in self._pulls.values()}
         self._mapped = {digest: snapshot for digest, snapshot in self._mapped.items() if digest in pulled}
+
+
+def _manifest(publish: Publish) -> Manifest:
+    """Raises SnapshotError if it is none, ValueError if it is not the one the digest names."""
+    manifest = Manifest.from_bytes(publish.manifest)
+    if manifest.digest != publish.digest:
+        raise ValueError(f"the manifest's digest is {manifest.digest[:12]}, the message says {publish.digest[:12]}")
+    return manifest
+
+
+def _shelved(publish: Publish, manifest: Manifest) -> Shelved:
+    return Shelved(publish.version, publish.digest, publish.manifest, publish.path, publish.host, manifest.base)

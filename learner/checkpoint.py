@@ -9,6 +9,8 @@ is never resumed rests on the order in `save` (aside, synced, digested, renamed)
              <model>-<k>.safetensors   likewise, of a model beside the policy
              state.msgpack             what the caller adds: ledger, version, settings
              hf/                       weights in the computing dtype, config, tokenizer
+             adapter/                  with adapters: for peft; `training-<k>` is then of the adapters, hf/ merged
+             base/                     likewise, as hf/: the weights below them, where they are not those of model.path
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def save(
     if ranks.is_first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    policy.save_pretrained(aside / "hf")
+    policy.export(aside)
     models: dict[str, Model] = {POLICY: policy, **(others or {})}
     for name, model in models.items():
         _write_training_state(aside, name, model, ranks)
@@ -158,7 +160,8 @@ def _check_same_model(path: Path, model: Model, shapes: Mapping[str, tuple[int, 
     unlike = sorted(key.removeprefix("fp32/") for key, _ in wanted.items() ^ saved.items())
     if unlike:
         raise ConfigError(
-            f"{path} is a checkpoint of another model: {unlike[0]} is missing or has another shape; set model.path"
+            f"{path} is a checkpoint of another model: {unlike[0]} is missing or has another shape; set model.path, "
+            "and lora as it was"
         )
 
 
@@ -185,7 +188,7 @@ def _seal(folder: Path, step: int, num_applied: Mapping[str, int]) -> None:
     files = {str(path.relative_to(folder)): (path.stat().st_size, _digest(path)) for path in paths}
     manifest = {"format": FORMAT, "step": step, "num_applied": dict(num_applied), "files": files}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    for path in (folder / MANIFEST_FILE, folder / "hf", folder):
+    for path in (folder / MANIFEST_FILE, *{path.parent for path in paths}, folder):
         _sync(path)
 
 

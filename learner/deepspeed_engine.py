@@ -154,6 +154,17 @@ class DeepSpeedEngine:
         count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)  # the end of the last slice is padding
         return (start, parameter.ds_tensor.detach().reshape(-1)[:count]) if count > 0 else None
 
+    def layout(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Local: (name, dtype, shape) of each."""
+        return [(name, str(p.dtype).removeprefix("torch."), self.shape(p)) for name, p in named]
+
+    def owned_of(self, named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, int, Tensor]]:
+        """Local: (name, first element, flat elements) that this rank writes; over the ranks each element comes once."""
+        for name, parameter in named:
+            owned = self.owned(parameter)
+            if owned is not None:
+                yield name, *owned
+
     def gathered(self, named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters, in the order given; each is valid until the next is asked for."""
         for name, parameter in named:
@@ -162,6 +173,21 @@ class DeepSpeedEngine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     yield name, parameter.detach()
+
+    def opened(self, named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """As `FrozenEngine.opened`; for parameters that are not trained: there are no master weights to be set."""
+        return _opened(named, self.stage)
+
+    def close(self) -> None:
+        """Local: let go of master weights and moments, which DeepSpeed itself keeps alive under ZeRO 3.
+
+        The engine is of no use afterwards.
+        """
+        partitions = self._flat_partitions()
+        self._optimizer.state.clear()
+        self._engine.destroy()
+        for tensor in partitions:
+            tensor.data = tensor.new_empty(0)
 
     # What training goes on from: float32 weights and AdamW's moments, whole, by parameter.
 
@@ -254,9 +280,13 @@ class FrozenEngine:
 
     def opened(self, named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters, each until the next is asked for; what all ranks write into one stays."""
-        for name, parameter in named:
-            if self._stage < 3:
+        return _opened(named, self._stage)
+
+
+def _opened(named: Sequence[tuple[str, nn.Parameter]], stage: int) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in named:
+        if stage < 3:
+            yield name, parameter.data
+        else:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 yield name, parameter.data
-            else:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    yield name, parameter.data

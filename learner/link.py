@@ -89,6 +89,7 @@ class Link:
         self._evaluations: list[Evaluation] = []
         self._evaluations_received = 0
         self._published: Publish | None = None
+        self._published_base: Publish | None = None
         self._evaluation_asked: Evaluate | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -126,15 +127,12 @@ class Link:
             self._wait(self._agree(taken), "the broker's welcome")
 
     def publish(self, snapshot: Snapshot) -> None:
-        """The snapshot lies complete in its folder. A broker that starts anew is told again."""
-        self._published = Publish(
-            version=snapshot.version,
-            digest=snapshot.digest,
-            manifest=snapshot.manifest.to_bytes(),
-            path=str(snapshot.folder),
-            host=host_identity(),
-        )
-        self._ask(self._published)
+        """The snapshot lies complete in its folder, and so does its base. A broker that starts anew is told again."""
+        message = self._published = _publish(snapshot)
+        if snapshot.base is not None and self._published_base is None:
+            self._published_base = _publish(snapshot.base, is_base=True)
+            self._ask(self._published_base)
+        self._wait(self._publish_after_its_base(message), "the answer to Publish")
 
     def advance(self, version: int, *, skipped: bool = False) -> None:
         """Step `version` - 1 is trained and its snapshot published."""
@@ -195,6 +193,16 @@ class Link:
                 share = join_pages(pages, self._session.epoch, self.rank, self.num_ranks)
                 return Taken(share, pages[0].ledger, dict(pages[0].numbers))
 
+    async def _publish_after_its_base(self, message: Publish) -> None:
+        try:
+            await self._session.ask(message, timeout_s=self.wait_s)
+        except ProtocolError as error:
+            if error.code != "base" or self._published_base is None:
+                raise
+            log.info("publishing the base again to a broker that was restarted meanwhile")
+            await self._session.ask(self._published_base, timeout_s=self.wait_s)
+            await self._session.ask(message, timeout_s=self.wait_s)
+
     async def _advance(self, message: Advance) -> None:
         try:
             await self._session.ask(message, timeout_s=self.wait_s)
@@ -202,7 +210,7 @@ class Link:
             if error.code != "order" or self._published is None:
                 raise
             log.info("publishing version %d again to a broker that was restarted meanwhile", message.version)
-            await self._session.ask(self._published, timeout_s=self.wait_s)
+            await self._publish_after_its_base(self._published)
             await self._session.ask(message, timeout_s=self.wait_s)
 
     async def _agree(self, taken: Taken) -> None:
@@ -291,7 +299,7 @@ class Link:
 
     async def _tell_again(self) -> None:
         await self._insist()
-        for message in (self._published, self._evaluation_asked):
+        for message in (self._published_base, self._published, self._evaluation_asked):
             if message is not None:
                 await self._session.ask(message, timeout_s=self.wait_s)
 
@@ -308,3 +316,14 @@ class Link:
         except TimeoutError:
             future.cancel()
             raise PeerTimeout(f"waited {limit:.0f} s for {what}; the control thread gave no answer") from None
+
+
+def _publish(snapshot: Snapshot, *, is_base: bool = False) -> Publish:
+    return Publish(
+        version=snapshot.version,
+        digest=snapshot.digest,
+        manifest=snapshot.manifest.to_bytes(),
+        path=str(snapshot.folder),
+        host=host_identity(),
+        is_base=is_base,
+    )

@@ -14,8 +14,8 @@ from learner.critic import Critic
 from learner.kl import AdaptiveKl
 from learner.policy import Policy
 from learner.ranks import Ranks
-from learner.reference import Reference
-from protocol.config import Config
+from learner.reference import BaseReference, Reference
+from protocol.config import Config, LoraConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Models:
     """Made by `Models.open`."""
 
     policy: Policy
-    reference: Reference | None  # None where `kl.coef` is 0
+    reference: Reference | BaseReference | None  # None where `kl.coef` is 0
     critic: Critic | None  # None where `algorithm.advantage` is not gae
     kl: AdaptiveKl  # the coefficient of the KL to the reference
     beside: dict[str, checkpoint.Model]  # what else a checkpoint holds, by name
@@ -32,22 +32,42 @@ class Models:
     def open(cls, config: Config, ranks: Ranks) -> Models:
         """Load what the settings ask for; collective. Raises ConfigError if it cannot be used."""
         policy = Policy.open(config, config.model.path, ranks)
-        reference = Reference.open(config, config.model.path, ranks) if config.kl.coef else None
+        reference: Reference | BaseReference | None = None
+        if config.kl.coef:
+            reference = BaseReference(policy) if policy.base else Reference.open(config, config.model.path, ranks)
         critic = Critic.open(config, ranks) if config.algorithm.advantage == "gae" else None
         kl = AdaptiveKl(config.kl.coef, config.kl.target, config.kl.horizon)
         beside: dict[str, checkpoint.Model] = {}
-        if reference and (config.kl.reference_update_every or config.warmup.steps):  # else it is that of model.path
+        if isinstance(reference, Reference) and (
+            config.kl.reference_update_every or config.warmup.steps
+        ):  # else it is that of model.path
             beside["reference"] = reference
         if critic:
             beside["critic"] = critic
         return cls(policy, reference, critic, kl, beside)
 
-    def warmed_up(self, config: Config) -> None:
-        """The supervised warm start is over: the reference begins as the policy, and a critic without `critic.path`."""
-        if self.reference is not None:
-            self.reference.follow(self.policy, rate=1.0)
+    def policy_to_warm(self, config: Config, ranks: Ranks) -> Policy:
+        """What the supervised warm start trains: all weights, also in a run that then trains adapters; collective.
+
+        In such a run it is a policy of its own, in memory beside the other until `warmed_up`.
+        """
+        if self.policy.base is None:
+            return self.policy
+        return Policy.open(config.model_copy(update={"lora": LoraConfig()}), config.model.path, ranks)
+
+    def warmed_up(self, policy: Policy, config: Config) -> None:
+        """The warm start is over: `policy` is what reinforcement learning starts from.
+
+        The reference begins as it, and so does a critic without `critic.path`.
+        """
+        if self.policy.base is not None:
+            self.policy.base.take(policy)
+        if isinstance(self.reference, Reference):
+            self.reference.follow(policy, rate=1.0)
         if self.critic is not None and not config.critic.path:
-            self.critic.start_from(self.policy)
+            self.critic.start_from(policy)
+        if policy is not self.policy:
+            policy.close()
 
     def save(self, folder: Path, version: int, extras: dict[str, Any], keep: int, ranks: Ranks) -> Path:
         """Write a checkpoint; collective."""
@@ -56,5 +76,7 @@ class Models:
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint; returns the extras. Collective."""
         extras = checkpoint.load(path, self.policy, self.beside)
+        if self.policy.base is not None and (path / "base").is_dir():
+            self.policy.base.restore(path / "base")
         self.kl.restore(extras["kl"])
         return extras

@@ -2,11 +2,15 @@
 
 Runs in every learner rank; every method is collective unless it says otherwise. Which loss is used, in which order
 things happen and what a version is, is the trainer's; what it has in common with the critic is in `trained_model.py`.
+
+With `lora.rank` adapters are trained in place of the weights (learner/lora.py): moments, master weights, checkpoints
+and publications are then of the adapters alone, and `Policy.base` has the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from learner.base import Base
 from learner.batches import MicroBatch
 from learner.deepspeed_engine import DeepSpeedEngine
+from learner.lora import Adapters
 from learner.losses import LossAndSums
 from learner.model import PolicyModel, copy_tokenizer, load
 from learner.ranks import Ranks
@@ -40,18 +46,32 @@ class Policy(TrainedModel):
     """Made by `Policy.open`."""
 
     def __init__(
-        self, lm: PreTrainedModel, engine: DeepSpeedEngine, model_path: str, temperature: float, ranks: Ranks
+        self,
+        lm: PreTrainedModel,
+        engine: DeepSpeedEngine,
+        model_path: str,
+        temperature: float,
+        ranks: Ranks,
+        adapters: Adapters | None,
+        base: Base | None,
     ) -> None:
-        super().__init__(list(lm.named_parameters()), engine, ranks)  # a tied head is in it once, as the embedding
+        # what is trained; a tied head is in it once, as the embedding
+        super().__init__(list(lm.named_parameters()) if adapters is None else adapters.named, engine, ranks)
         self._lm = lm
+        self._adapters = adapters
+        self.base = base  # None: the weights themselves are trained
         self._model_path = model_path
         self._temperature = temperature
 
     @classmethod
     def open(cls, config: Config, model_path: str, ranks: Ranks) -> Policy:
-        """Load the model and partition it. Raises ConfigError if model or `deepspeed:` settings cannot be used."""
+        """Load the model and partition it.
+
+        Raises ConfigError if model, `lora:` or `deepspeed:` settings cannot be used.
+        """
         dtype = resolved_dtype(config.model.dtype, ranks.device)
         lm = load(model_path, dtype, ranks.device, config.model.trust_remote_code)
+        adapters = Adapters(lm, config.lora, config.run.seed) if config.lora.rank else None
         model = PolicyModel(
             lm,
             config.learner.logprob_chunk_tokens,
@@ -60,7 +80,8 @@ class Policy(TrainedModel):
         )
         model.check_reproduces()
         engine = DeepSpeedEngine(model, config.learner, dtype, config.deepspeed, ranks)
-        return cls(lm, engine, model_path, config.sampling.temperature, ranks)
+        base = Base(adapters.base, engine, config.model.trust_remote_code) if adapters else None
+        return cls(lm, engine, model_path, config.sampling.temperature, ranks, adapters, base)
 
     @property
     def model_config(self) -> PretrainedConfig:
@@ -103,7 +124,8 @@ class Policy(TrainedModel):
             seen.append(logprobs.detach())
             return loss(logprobs, entropies, batch)
 
-        step = self._optimize(micro_batches, loss_of, learning_rate)
+        with self._dropping():
+            step = self._optimize(micro_batches, loss_of, learning_rate)
         return Update(**vars(step), logprobs=seen[: len(micro_batches)])
 
     def _forward(self, batch: MicroBatch, temperature: float | None) -> tuple[Tensor, Tensor]:
@@ -114,23 +136,58 @@ class Policy(TrainedModel):
         logprobs, _ = self._forward(batch, None)
         return logprobs
 
+    def _dropping(self) -> AbstractContextManager[None]:
+        """Dropout of adapters: others on each rank and in each step, and the same again after a resume."""
+        if self._adapters is None:
+            return nullcontext()
+        return self._adapters.dropping(self.num_applied, self._ranks.rank)
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Local: inside, log-probabilities are the base's."""
+        assert self._adapters is not None
+        return self._adapters.disabled()
+
     # Weights.
 
     def owned(self) -> Iterator[tuple[str, int, Tensor]]:
         """Local: (name, first element, flat elements) that this rank writes; over the ranks each element comes once."""
-        for name, parameter in self._named:
-            owned = self._engine.owned(parameter)
-            if owned is not None:
-                yield name, *owned
+        return self._engine.owned_of(self._named)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, weights that compute), whole, on every rank; each is valid until the next is asked for."""
-        yield from self._engine.gathered(self._named)
+        """(name, weights that compute), whole, on every rank; each is valid until the next is asked for.
+
+        Adapters are merged into the base.
+        """
+        if self._adapters is None or self.base is None:
+            return self._engine.gathered(self._named)
+        return self._adapters.merged(self.base.whole_weights(), self._trained())
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Whole copies of what is trained."""
+        return {name: whole.clone() for name, whole in self._engine.gathered(self._named)}
+
+    def export(self, folder: Path) -> None:
+        """Write what others load as it is: `hf/` for transformers and vLLM, the adapter for peft; rank 0 writes.
+
+        With adapters, `hf/` has them merged, and `adapter/` is what peft puts on the base: that is the model of
+        `model.path`, or `base/`.
+        """
+        self.save_pretrained(folder / "hf")
+        if self._adapters is None or self.base is None:
+            return
+        trained = self._trained()
+        if self._ranks.is_first:
+            self._adapters.save(folder / "adapter", {name: tensor.cpu() for name, tensor in trained.items()})
+        if not self.base.is_model_path:
+            self._save(folder / "base", self.base.whole_weights())
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that transformers and vLLM load as it is, tokenizer included; rank 0 writes."""
+        self._save(folder, self.whole_weights())
+
+    def _save(self, folder: Path, model: Iterator[tuple[str, Tensor]]) -> None:
         weights = {}
-        for name, whole in self.whole_weights():
+        for name, whole in model:
             if self._ranks.is_first:
                 weights[name] = whole.to("cpu", copy=True)
         if self._ranks.is_first:
@@ -138,3 +195,7 @@ class Policy(TrainedModel):
             self._lm.save_pretrained(folder, state_dict=weights)  # empties the dict
             copy_tokenizer(self._model_path, folder)
         self._ranks.barrier("save the model")
+
+    def close(self) -> None:
+        """Local: let go of master weights and moments; the policy is of no use afterwards."""
+        self._engine.close()

@@ -107,9 +107,10 @@ class Preparation:
         If not, there is only one, and its own forward pass gives them (`OnlyUpdate`): a pass less. Where there is none,
         because the critic learns alone, they are needed for the mismatch.
         """
-        algorithm = self._config.algorithm
+        algorithm, lora = self._config.algorithm, self._config.lora
         one_update = algorithm.updates_per_batch * algorithm.epochs_per_batch == 1
-        return not one_update or algorithm.top_entropy_frac < 1 or self._kl_in_reward
+        drops = bool(lora.rank) and lora.dropout > 0  # its pass is then of another function
+        return not one_update or drops or algorithm.top_entropy_frac < 1 or self._kl_in_reward
 
     def _corrected(self, rows: list[Row], entropies: Sequence[Tensor], step: int) -> tuple[list[Row], dict[str, float]]:
         """The rows with the weight of each token, which is 0 below the batch's entropy threshold, and the mismatch."""

@@ -2,7 +2,7 @@
 
 Runs in every learner rank; every method is collective. It is the model that reinforcement learning starts from, and
 nothing trains it: it stays as it is, or follows the policy slowly (`follow`). Where it is not simply the model of
-`model.path` it is in the checkpoint.
+`model.path` it is in the checkpoint. With adapters it needs no weights of its own (`BaseReference`).
 """
 
 from __future__ import annotations
@@ -82,6 +82,18 @@ class Reference:
         assert num_applied == self.num_applied
         for name, weight in self._engine.opened(self._named):
             weight.copy_(read(name)["fp32"])
+
+
+class BaseReference:
+    """The reference of a policy with adapters: its own forward pass, with the adapters switched off."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """As `Reference.logprobs`."""
+        with self._policy.without_adapters():
+            return self._policy.logprobs(micro_batches)
 
 
 def rounded_by_chance(values: Tensor, chance: torch.Generator) -> Tensor:

@@ -95,8 +95,9 @@ def _warm_up(
         recorder.warmup(step.step, curves)
 
     clock.enter(State.WARMING_UP, f"{config.warmup.steps} supervised steps")
-    warm_up(models.policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
-    models.warmed_up(config)
+    policy = models.policy_to_warm(config, ranks)
+    warm_up(policy, examples, config.warmup, config.run.seed, config.learner.micro_batch_tokens, ranks, report)
+    models.warmed_up(policy, config)
 
 
 def _shared_folder(ranks: Ranks) -> Path:

@@ -86,7 +86,7 @@ class TrainedModel(ABC):
 
     def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Local: (name, dtype, shape) of every parameter, in one order everywhere."""
-        return [(name, str(p.dtype).removeprefix("torch."), self._engine.shape(p)) for name, p in self._named]
+        return self._engine.layout(self._named)
 
     def training_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name, float32 weights and moments by key), whole, on every rank; one parameter at a time."""

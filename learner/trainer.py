@@ -27,6 +27,7 @@ from learner.policy import Update
 from learner.preparation import Preparation, Prepared
 from learner.ranks import Ranks
 from learner.recorder import Recorder
+from learner.reference import Reference
 from learner.schedule import critic_warmup_steps, learning_rates
 from learner.skips import Skips
 from learner.states import State, StateClock
@@ -156,6 +157,7 @@ class Trainer:
         models.kl.update(curves["policy/kl_reference"], int(curves["completion/count"]))
         every = settings.reference_update_every
         if every and (self._version + 1) % every == 0:
+            assert isinstance(models.reference, Reference), "with adapters this setting is refused"
             models.reference.follow(models.policy, settings.reference_update_rate, seed=self._version + 1)
 
     def _record(self, taken: Taken, curves: dict[str, float], *, skipped: bool) -> None:

@@ -30,6 +30,10 @@ GROUP_RELATIVE = ("grpo", "rloo", "reinforce_plus_plus_baseline", "gdpo")
 """Advantages that compare the completions of one prompt with each other."""
 
 
+CHANGES_RESULTS = ("model", "sampling", "rewards", "batch", "algorithm", "data", "lora")
+"""Sections that change what a completion or its reward is."""
+
+
 class Section(BaseModel):
     """A group of settings. Unknown keys are errors; values are frozen once built."""
 
@@ -216,12 +220,17 @@ class CriticConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: NonNegativeInt = 0
+    rank: Annotated[int, Field(ge=0, le=512)] = 0
     """Rank of the adapters that are trained instead of the weights. 0: the weights are trained."""
     alpha: PositiveFloat = 32.0
     """Adapters count alpha / rank."""
     targets: str = "all-linear"
-    """Which modules get one: all-linear, or names with commas between."""
+    """Which modules get one: all-linear (all linear layers but the output head), or names with commas between."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while it is trained, and only then.
+
+    Above 0 the log-probabilities from before a batch need a forward pass of their own.
+    """
 
 
 class LearnerConfig(Section):
@@ -442,6 +451,11 @@ class Config(Section):
             for name in ("target", "reference_update_every"):
                 if getattr(kl, name):
                     raise ValueError(f"kl.{name} moves what a coefficient of 0 leaves out; set kl.coef above 0")
+        elif self.lora.rank and kl.reference_update_every:
+            raise ValueError(
+                f"with adapters the reference model is the weights below them, which stay as they are, got "
+                f"kl.reference_update_every {kl.reference_update_every}; set it 0, or lora.rank 0"
+            )
         elif kl.place == "reward":
             if algorithm.advantage not in per_token:
                 raise ValueError(
@@ -488,6 +502,6 @@ class Config(Section):
 
     def result_digest(self) -> str:
         """Hex digest of the settings that change what a completion or its reward is."""
-        part = self.model_dump(mode="json", include={"model", "sampling", "rewards", "batch", "algorithm", "data"})
+        part = self.model_dump(mode="json", include=set(CHANGES_RESULTS))
         part["model"].pop("path")
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:32]

@@ -292,6 +292,8 @@ class Verdict(Message):
 class FetchManifest(Message):
     roles = _GENERATOR
     version: Natural
+    base: Name = ""
+    """Digest of the base that this version's adapters stand beside: its manifest is asked for. "": the version's."""
 
 
 class ManifestAnswer(Message):
@@ -366,7 +368,7 @@ class SharePage(Message):
 
 
 class Publish(Message):
-    """Snapshot `version` lies complete at `path`."""
+    """Snapshot `version` lies complete at `path`. One that names a base is refused before that is published."""
 
     roles = _LEARNER
     version: Natural
@@ -374,6 +376,8 @@ class Publish(Message):
     manifest: Annotated[bytes, Field(max_length=4 << 20)]
     path: Annotated[str, Field(max_length=MAX_TEXT)]
     host: Name
+    is_base: bool = False
+    """It is no version, but what the adapters of later ones stand beside."""
 
 
 class Advance(Message):

@@ -5,14 +5,17 @@ writes snapshots, the broker serves their chunks, generators map them or pull th
 changes while it has its name: `SnapshotWriter` and `SnapshotAssembly` work in `<folder>.part` and rename it. Its
 identity is `Manifest.digest`: version numbers repeat after a resume. That a peer's chunk is what the learner wrote
 rests on `Manifest.check_chunk`; that a manifest cannot point outside its file rests on `Manifest.from_bytes`.
+
+A snapshot of adapters names its base: the digest of the snapshot whose weights they stand beside. A base has none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -28,6 +31,7 @@ ALIGNMENT_BYTES = 64
 CHUNK_BYTES = 4 << 20
 MAX_MANIFEST_BYTES = 4 << 20
 FORMAT = 1
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class TensorSpec(NamedTuple):
@@ -60,6 +64,7 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
     chunk_digests: tuple[str, ...]  # hex
     chunk_bytes: int = CHUNK_BYTES  # of every chunk but the last
+    base: str = ""  # digest of the snapshot that these adapters stand beside; "": these are whole weights
 
     @property
     def total_bytes(self) -> int:
@@ -87,12 +92,12 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical form: equal manifests have equal bytes."""
-        fields = {
+        fields: dict[str, Any] = {
             "format": FORMAT,
             "chunk_bytes": self.chunk_bytes,
             "tensors": [[s.name, s.dtype, list(s.shape), s.offset, s.nbytes] for s in self.tensors],
             "chunks": list(self.chunk_digests),
-        }
+        } | ({"base": self.base} if self.base else {})
         return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
@@ -105,7 +110,7 @@ class Manifest:
             if fields["format"] != FORMAT:
                 raise SnapshotError(f"manifest format {FORMAT} expected, got {fields['format']}")
             tensors = tuple(_checked_spec(*row) for row in fields["tensors"])
-            manifest = cls(tensors, tuple(fields["chunks"]), fields["chunk_bytes"])
+            manifest = cls(tensors, tuple(fields["chunks"]), fields["chunk_bytes"], fields.get("base", ""))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SnapshotError(f"not a manifest: {type(error).__name__}: {error}") from error
         manifest._check()
@@ -124,6 +129,8 @@ class Manifest:
             raise SnapshotError(f"{self.total_bytes} bytes do not make {len(self.chunk_digests)} chunks")
         if not all(isinstance(d, str) and len(d) == 64 for d in self.chunk_digests):
             raise SnapshotError("a chunk digest is 64 hex digits")
+        if not isinstance(self.base, str) or not DIGEST.fullmatch(self.base or "0" * 64):
+            raise SnapshotError(f"a base is named by the 64 hex digits of its digest, got {self.base!r:.80}")
 
 
 def _sha256(data: bytes | Bytes) -> str:
@@ -150,6 +157,7 @@ class Snapshot:
     version: int
     manifest: Manifest
     data: Bytes  # the flat file, mapped
+    base: Snapshot | None = None  # of adapters: what they stand beside, for who does not hold it yet
 
     @classmethod
     def open(cls, folder: Path, version: int) -> Snapshot:
@@ -212,12 +220,16 @@ class SnapshotWriter:
         """The writable bytes of one tensor."""
         return self._part.data[spec.offset : spec.offset + spec.nbytes]
 
-    def finish(self, version: int) -> Snapshot:
-        """Digest the file (about a second per gigabyte) and name the folder. One process does this, after all wrote."""
+    def finish(self, version: int, base: Snapshot | None = None) -> Snapshot:
+        """Digest the file (about a second per gigabyte) and name the folder. One process does this, after all wrote.
+
+        `base`: what was written are adapters that stand beside it.
+        """
         data = self._part.data
         starts = range(0, len(data), CHUNK_BYTES)
         digests = tuple(_sha256(data[start : start + CHUNK_BYTES]) for start in starts)
-        return Snapshot.open(self._part.publish(Manifest(self._layout, digests, CHUNK_BYTES).to_bytes()), version)
+        manifest = Manifest(self._layout, digests, CHUNK_BYTES, base.digest if base else "")
+        return replace(Snapshot.open(self._part.publish(manifest.to_bytes()), version), base=base)
 
 
 class SnapshotAssembly:

@@ -71,6 +71,19 @@ def grpo(run: Run) -> bool:
     return one_pass and run.mean("staleness/mean") > 0.5 and run.mean("mismatch/rejected_frac") == 0
 
 
+def ppo(run: Run) -> bool:
+    """The critic comes to know what a state is worth, and learns by itself first."""
+    explained, warmup = run.curve("critic/explained_variance"), run.config.critic.warmup_steps
+    alone = run.curve("policy/updates")[:warmup] == [0] * warmup and run.curve("critic/lr")[0] > 0
+    return alone and explained[0] == 0 < fmean(explained[-3:]) and run.mean("critic/clip_frac") > 0
+
+
+def lora(run: Run) -> bool:
+    """Versions are smaller than the base; the reference is the base, and the policy leaves it."""
+    distances = run.curve("policy/kl_reference")
+    return abs(distances[0]) < 1e-6 < distances[-1] and run.curve("weights/bytes")[-1] < 20_000
+
+
 def dapo(run: Run) -> bool:
     punished = run.curve("reward/overlong")
     return clips(run) and min(punished) < -0.2 and run.curve("reward/mean")[0] < run.curve("reward/reward:odd")[0]
@@ -119,7 +132,35 @@ def dppo_kl(run: Run) -> bool:
 
 TWO_REWARDS = "[{use: 'reward.py:odd'}, {use: 'reward.py:low', weight: 0.5}]"
 CASES = {
-    "grpo": Case({}, grpo),
+    "grpo": Case({}, grpo, engine="vllm"),
+    "ppo": Case(
+        {
+            "prompts-per-step": 16,
+            "group-size": 1,
+            "algorithm.advantage": "gae",
+            "algorithm.lam": 0.95,
+            "algorithm.updates_per_batch": 2,
+            "critic.path": "model",
+            "critic.learning_rate": 0.005,
+            "critic.clip": 0.1,
+            "critic.loss": "huber",
+            "critic.warmup_steps": 2,
+        },
+        ppo,
+        engine="vllm",
+    ),
+    "lora": Case(
+        {
+            "lora.rank": 4,
+            "lora.alpha": 16,
+            "lora.targets": "q_proj,v_proj,gate_proj,up_proj,down_proj",
+            "lora.dropout": 0.05,
+            "learner.learning_rate": 0.03,
+            "kl.coef": 0.001,
+        },
+        lora,
+        engine="vllm",
+    ),
     "dapo": Case(
         {
             "algorithm.clip_high": 0.28,
@@ -138,6 +179,8 @@ CASES = {
             "algorithm.aggregation_length": 8,
             "algorithm.clip_low": 0.1,
             "algorithm.dual_clip": 1.2,
+            "algorithm.ratio": "behavior",
+            "corrections.weight": "none",
             "algorithm.updates_per_batch": 2,
             "algorithm.epochs_per_batch": 2,
             "kl.coef": 0.002,

@@ -43,12 +43,14 @@ def config(zero: int = 0, **learner: Any) -> Config:
     dtype = settings.pop("dtype", "float32")
     passthrough = settings.pop("deepspeed", {})
     temperature = settings.pop("temperature", 1.0)
+    lora = settings.pop("lora", {})
     return Config.model_validate(
         {
             "learner": settings,
             "model": {"dtype": dtype},
             "deepspeed": passthrough,
             "sampling": {"temperature": temperature},
+            "lora": lora,
         }
     )
 

@@ -73,12 +73,14 @@ def snapshot_of(model: Qwen2ForCausalLM, folder: Path, version: int) -> Snapshot
     return snapshot_from({name: parameter.detach() for name, parameter in model.named_parameters()}, folder, version)
 
 
-def snapshot_from(tensors: Mapping[str, torch.Tensor], folder: Path, version: int) -> Snapshot:
+def snapshot_from(
+    tensors: Mapping[str, torch.Tensor], folder: Path, version: int, base: Snapshot | None = None
+) -> Snapshot:
     layout = lay_out((name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
     writer = SnapshotWriter(folder / f"snapshot_{next(_numbers)}", layout)
     for spec in layout:
         writer.view(spec)[:] = tensors[spec.name].contiguous().view(torch.uint8).flatten().numpy()
-    return writer.finish(version)
+    return writer.finish(version, base)
 
 
 @torch.no_grad()

@@ -55,6 +55,28 @@ def gradients(folder: Path, ranks: Any) -> dict[str, Any]:
     return {"gradients": updates}
 
 
+def adapters(folder: Path, ranks: Any) -> dict[str, Any]:
+    """Train adapters and publish them; rank 0 writes down what they became, by stage and name."""
+    from safetensors.torch import save_file
+
+    from learner.publisher import Publisher
+    from tests.learning import RATE, open_policy, sampled_steps, train_step, weights
+
+    found, norms, model = {}, {}, str(folder / "untied")
+    for zero in (0, 2, 3):
+        policy = open_policy(model, ranks, zero, deepspeed=GATHER_EVERYTHING, lora={"rank": 4})
+        updates = [train_step(policy, ranks, rows, learning_rate=RATE) for rows in sampled_steps(model)]
+        norms[str(zero)] = [update.grad_norm for update in updates]
+        found |= {f"{zero}/{name}": value for name, value in weights(policy).items()}
+        publisher = Publisher(folder / f"adapters{zero}", policy, ranks)
+        publisher.copy(4)
+        if ranks.is_first:
+            publisher.finish()
+    if ranks.is_first:
+        save_file(found, folder / "adapters.safetensors")
+    return {"adapters": norms}
+
+
 def prepared(folder: Path, ranks: Any) -> dict[str, Any]:
     from tests.prepared import prepared
 
@@ -176,7 +198,14 @@ def waiting_for_a_rank_that_does_not_come(ranks: Any) -> str:
     return "nobody was missed"
 
 
-PARTS = {"gradients": gradients, "prepared": prepared, "served": served, "bereaved": bereaved, "alone": alone}
+PARTS = {
+    "gradients": gradients,
+    "prepared": prepared,
+    "adapters": adapters,
+    "served": served,
+    "bereaved": bereaved,
+    "alone": alone,
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -204,5 +204,5 @@ def world_of_three(folder: Path, ranks: Ranks) -> World:
     checkpoint.save(folder / "one_rank", 2, policy, {"ledger": b"\x00\xff"}, 1, ranks)
     served = folder / "served"
     config = served_run(served, str(folder / "untied"), zero=3)
-    with RankProcesses(folder, 3, "gradients", "served", "alone") as world, serving_run(served, config):
+    with RankProcesses(folder, 3, "gradients", "adapters", "served", "alone") as world, serving_run(served, config):
         return World(folder, world.seen())

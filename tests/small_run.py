@@ -32,7 +32,7 @@ from protocol.config import Config
 from protocol.keys import make_run_keys, read_client_key
 from protocol.messages import Finished, Hello, Role
 from protocol.session import Session
-from protocol.weights import lay_out
+from protocol.weights import Snapshot, SnapshotWriter, TensorSpec, lay_out
 from tests.wire import free_addresses, serving
 
 VOCABULARY = 100
@@ -140,7 +140,7 @@ class FakeGenerator:
             )
 
         session = await Session.open(self.addresses or Addresses.read(self.folder), key, hello, timeout_s=10)
-        options = EngineOptions(self.folder / "model", max_model_len=64)
+        options = EngineOptions(self.folder / "model", max_model_len=64, lora_rank=self.config.lora.rank)
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
         scorer = Scorer(self.config.rewards, self.folder / "model")
         await asyncio.gather(self.engine.start(), scorer.start())
@@ -162,13 +162,22 @@ class FakeGenerator:
 
 
 class ScriptedLearner:
-    """Takes, publishes and advances as the trainer does; its weights, `size` float32, are random in every version."""
+    """Takes, publishes and advances as the trainer does; its weights, `size` float32, are random in every version.
 
-    def __init__(self, folder: Path, config: Config, standing: Standing | None = None, size: int = 1000) -> None:
+    With `base_size` they are adapters beside a base of so many float32.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, standing: Standing | None = None, size: int = 1000, base_size: int = 0
+    ) -> None:
         self.version = standing.version if standing else 0
         self.trained: list[Taken] = []
         self._bound, self._layout = config.staleness.max, lay_out([("w", "float32", (size,))])
         self._ring = SnapshotRing(folder / f"snapshots-{id(self):x}", self._layout)
+        self._base: Snapshot | None = None
+        if base_size:
+            layout = lay_out([("w", "float32", (base_size,))])
+            self._base = _random(SnapshotWriter(folder / f"base-{id(self):x}", layout), layout).finish(0)
         self.link = Link(
             Addresses.read(folder),
             read_client_key(folder / "keys" / "learner.key"),
@@ -206,12 +215,16 @@ class ScriptedLearner:
         self.link.advance(self.version)
 
     def publish(self) -> None:
-        writer = self._ring.begin(self.version)
-        view = writer.view(self._layout[0])
-        view[:] = np.frombuffer(np.random.default_rng(self.version).bytes(len(view)), np.uint8)
-        self.link.publish(writer.finish(self.version))
+        writer = _random(self._ring.begin(self.version), self._layout, self.version)
+        self.link.publish(writer.finish(self.version, self._base))
 
     @property
     def prompts(self) -> list[int]:
         """Every prompt that was trained, one entry for each group."""
         return [prompt for taken in self.trained for prompt in sorted({item.prompt for item in taken.share.items})]
+
+
+def _random(writer: SnapshotWriter, layout: tuple[TensorSpec, ...], seed: int = 1000) -> SnapshotWriter:
+    view = writer.view(layout[0])
+    view[:] = np.frombuffer(np.random.default_rng(seed).bytes(len(view)), np.uint8)
+    return writer

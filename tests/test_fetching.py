@@ -227,6 +227,93 @@ def test_more_chunks_are_asked_for_at_once_as_long_as_they_come_soon(
     assert source._num_in_flight == 1
 
 
+# --- Bases of adapters
+
+
+def with_base(folder: Path, base: Snapshot, version: int) -> Snapshot:
+    """Adapters of one chunk."""
+    layout = lay_out([("a", "float32", (1000,))])
+    writer = SnapshotWriter(folder, layout)
+    writer.view(layout[0])[:] = version
+    return writer.finish(version, base)
+
+
+def serving_all(versions: list[Snapshot], base: Snapshot, path: bool = False) -> Session:
+    def answer(message: Message) -> Message:
+        if isinstance(message, FetchManifest):
+            found = base if message.base else next(made for made in versions if made.version == message.version)
+            where = str(found.folder) if path else ""
+            manifest = found.manifest.to_bytes()
+            return ManifestAnswer(version=found.version, digest=found.digest, manifest=manifest, path=where)
+        assert isinstance(message, FetchChunk)
+        return Bytes(
+            data=next(made for made in [base, *versions] if made.digest == message.digest).chunk(message.index)
+        )
+
+    return Session(answer)
+
+
+def pulled(session: Session) -> list[str]:
+    return [message.digest for message in session.asked if isinstance(message, FetchChunk)]
+
+
+def test_a_late_generator_pulls_the_base_once_and_then_adapters_alone(tmp_path: Path) -> None:
+    base, staging = snapshot(tmp_path / "base", 0), tmp_path / "staging"
+    made = [with_base(tmp_path / f"v{version}", base, version) for version in (3, 4, 5)]
+    session, num_bytes = serving_all(made, base), []
+    source, held = source_of(session, staging), ""
+    for entry in made:
+        copy = asyncio.run(source.fetch(entry.version, held))
+        copy.verify()
+        assert (copy.base is None) == bool(held)
+        if copy.base is not None:
+            copy.base.verify()
+            held = copy.base.digest
+        num_bytes.append(sum(len(session._answer(m).data) for m in session.asked if isinstance(m, FetchChunk)))  # type: ignore[attr-defined]
+        asyncio.run(source.discard(copy))
+        assert list(staging.iterdir()) == []
+    assert pulled(session) == [base.digest] * 3 + [entry.digest for entry in made]
+    assert num_bytes == [LAYOUT[0].nbytes + 4000 * number for number in (1, 2, 3)]
+
+
+def test_a_base_outlives_the_version_that_vanished_while_it_was_pulled(tmp_path: Path) -> None:
+    base = snapshot(tmp_path / "base", 0)
+    gone, newest = (with_base(tmp_path / f"v{version}", base, version) for version in (3, 4))
+    session = serving_all([gone, newest], base)
+    answer = session._answer
+
+    def without_gone(message: Message) -> Message:
+        if isinstance(message, FetchChunk) and message.digest == gone.digest:
+            raise ProtocolError("chunk", "not to be had any more")
+        return answer(message)
+
+    session._answer = without_gone
+    source = source_of(session, tmp_path / "staging")
+    with pytest.raises(SnapshotError, match="is not to be had"):
+        asyncio.run(source.fetch(3))
+    copy = asyncio.run(source.fetch(4))
+    assert copy.base is not None
+    assert pulled(session) == [base.digest] * 3 + [gone.digest, newest.digest]
+
+
+def test_on_the_same_host_the_base_is_used_in_place_too(tmp_path: Path) -> None:
+    base = snapshot(tmp_path / "base", 0)
+    session = serving_all([with_base(tmp_path / "v3", base, 3)], base, path=True)
+    copy = fetched(session, tmp_path / "staging")
+    assert copy.base is not None
+    assert (copy.base.folder, pulled(session)) == (base.folder, [])
+
+
+def test_a_base_that_names_a_base_or_is_another_is_refused(tmp_path: Path) -> None:
+    base, other = snapshot(tmp_path / "base", 0), snapshot(tmp_path / "other", 0, seed=1)
+    below = with_base(tmp_path / "below", base, 0)
+    for sent, named in ((other, base), (below, below)):
+        session = serving_all([with_base(tmp_path / f"v3-{sent.digest[:4]}", named, 3)], sent)
+        with pytest.raises(SnapshotError, match=f"version 3 stands beside {named.digest[:12]}, which is not what was"):
+            fetched(session, tmp_path / "staging")
+        assert pulled(session) == []
+
+
 # --- The model's files
 
 CONTENT = {"config.json": b'{"vocab_size": 7}', "tokenizer.json": bytes(range(256)) * 40}

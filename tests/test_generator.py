@@ -104,7 +104,7 @@ class Source:
         self.asked: list[int] = []
         self.discarded: list[int] = []
 
-    async def fetch(self, version: int) -> Snapshot:
+    async def fetch(self, version: int, held_base: str) -> Snapshot:
         self.asked.append(version)
         await self.open.wait()
         if version not in self.made:

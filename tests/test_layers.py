@@ -26,6 +26,7 @@ BELOW: Mapping[str, set[str]] = {
 HOMES: Mapping[str, set[str]] = {
     "vllm": {"actors/vllm_engine.py", "actors/weight_plugin.py"},  # the plugin runs inside vLLM's worker
     "deepspeed": {"learner/deepspeed_engine.py"},
+    "peft": {"learner/lora.py"},
     "tensorboard": {"learner/metrics.py"},
     "datasets": {"broker/dataset.py"},
     "matplotlib": {"launch/summary.py"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -12,9 +13,12 @@ from protocol.codec import Header, decode, encode
 from protocol.fields import MAX_NAME
 from protocol.messages import (
     Advance,
+    Done,
     Evaluate,
+    FetchManifest,
     Finished,
     Leases,
+    ManifestAnswer,
     Publish,
     Release,
     Role,
@@ -58,6 +62,25 @@ def test_a_manifest_that_is_not_what_its_digest_says_is_refused(tmp_path: Path) 
     wrong = Publish(version=1, digest="0" * 64, manifest=manifest(1).to_bytes(), path="/v1", host="here")
     assert learner.refused(wrong).startswith("manifest: the manifest's digest is")
     assert learner.refused(wrong.model_copy(update={"manifest": b"?"})).startswith("manifest: not a manifest")
+
+
+def test_adapters_are_refused_until_their_base_is_published_and_a_base_is_no_version(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path)
+    learner, generator = broker.learner(), broker.generator()
+    base = manifest(7)
+    adapters = replace(manifest(1), base=base.digest)
+    version = Publish(version=1, digest=adapters.digest, manifest=adapters.to_bytes(), path="/v1", host="here")
+    below = Publish(version=0, digest=base.digest, manifest=base.to_bytes(), path="/base", host="here", is_base=True)
+    assert learner.refused(version) == f"base: version 1 stands beside {base.digest[:12]}, which is not published"
+    assert learner.refused(version.model_copy(update={"is_base": True})).startswith("manifest: a base has no base")
+    assert learner.ask(below) == Done()
+    assert generator.refused(FetchManifest(version=1)).startswith("version: version 1 is not on the shelf")
+    assert learner.ask(version) == Done()
+    answer = generator.ask(FetchManifest(version=1, base=base.digest))
+    assert isinstance(answer, ManifestAnswer)
+    assert (answer.digest, answer.manifest) == (base.digest, base.to_bytes())
+    said = generator.refused(FetchManifest(version=1, base=adapters.digest))
+    assert said == f"version: base {adapters.digest[:12]} is not on the shelf any more; ask for the newest"
 
 
 def test_a_version_is_announced_after_it_was_published_and_after_the_one_before(tmp_path: Path) -> None:

@@ -192,6 +192,31 @@ def test_a_version_is_published_again_before_it_is_announced_to_a_new_broker(tmp
             link.advance(2)
 
 
+def test_a_base_is_published_before_its_first_version_and_again_to_a_broker_that_lacks_it(tmp_path: Path) -> None:
+    service = LearnersBroker()
+    bases: set[str] = set()
+
+    def publish(message: Publish) -> Done:
+        if message.is_base:
+            bases.add(message.digest)
+        elif not bases:
+            raise ProtocolError("base", "it stands beside what is not published")
+        return Done()
+
+    service.answers |= {"Publish": publish}
+    layout = lay_out([("w", "float32", (8,))])
+    base = SnapshotWriter(tmp_path / "base", layout).finish(0)
+    made = [SnapshotWriter(tmp_path / f"v{version}", layout).finish(version, base) for version in range(3)]
+    with linked(tmp_path, service) as link:
+        for snapshot in made[:2]:
+            link.publish(snapshot)
+        bases.clear()  # a broker that was replaced without our noticing
+        link.publish(made[2])
+    heard = [(message.version, message.is_base) for message in service.heard if isinstance(message, Publish)]
+    assert heard == [(0, True), (0, False), (1, False), (2, False), (0, True), (2, False)]
+    assert bases == {base.digest}
+
+
 def test_a_broker_that_forgot_us_is_told_version_step_and_ledger(tmp_path: Path) -> None:
     service = LearnersBroker(Take=lambda question: pages(service.epoch, 1)[0].model_copy(update={"ledger": b"books"}))
     with linked(tmp_path, service, Standing(0, -1, b"")) as link:

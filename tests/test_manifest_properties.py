@@ -32,7 +32,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
     chunk_bytes = draw(st.integers(1 << 20, CHUNK_BYTES))
     num_chunks = -(-(specs[-1].offset + specs[-1].nbytes) // chunk_bytes)
     first = draw(DIGESTS)
-    return Manifest(specs, tuple(f"{index:04x}{first[4:]}" for index in range(num_chunks)), chunk_bytes)
+    digests = tuple(f"{index:04x}{first[4:]}" for index in range(num_chunks))
+    return Manifest(specs, digests, chunk_bytes, draw(st.just("") | DIGESTS))
 
 
 @settings(max_examples=60)
@@ -61,7 +62,7 @@ def packed(fields: Any) -> bytes:
 def test_a_manifest_with_anything_else_in_any_place_is_refused() -> None:
     """Or, if the change leaves a whole manifest, it is another one by its digest."""
     specs = lay_out([("embed", "float32", (1500, 1000)), ("norm", "bfloat16", ()), ("head", "float16", (3, 2))])
-    good = Manifest(specs, ("0" * 64, "f" * 64))
+    good = Manifest(specs, ("0" * 64, "f" * 64), base="b" * 64)
     fields = json.loads(good.to_bytes())
     assert packed(fields) == good.to_bytes()
     num_whole = 0
@@ -74,7 +75,9 @@ def test_a_manifest_with_anything_else_in_any_place_is_refused() -> None:
         num_whole += is_another_manifest(packed(fields), good)
         container.insert(place, before) if isinstance(container, list) else container.update({place: before})
     assert packed(fields) == good.to_bytes()
-    assert num_whole == 11, "three other names for each tensor, [1] for a shape of [], or the last tensor left out"
+    assert num_whole == 12, (
+        "three other names for each tensor, [1] for a shape of [], or the last tensor or the base left out"
+    )
 
 
 def is_another_manifest(data: bytes, good: Manifest) -> bool:

@@ -131,7 +131,7 @@ def test_one_that_stays_is_in_no_checkpoint_but_one_that_a_warm_start_made_is(mo
     warmed = Models.open(settings(model, 0, kl={"coef": 0.1, "reference_update_every": 0}, warmup={"steps": 3}), ranks)
     assert (list(plain.beside), list(warmed.beside)) == ([], ["reference"])
     train_step(warmed.policy, ranks, random_rows(1, 8), learning_rate=1e-2)
-    warmed.warmed_up(settings(model, 0))
+    warmed.warmed_up(warmed.policy, settings(model, 0))
     assert warmed.reference is not None
     ours, theirs = warmed.reference.logprobs(BATCHES), warmed.policy.logprobs(BATCHES)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -195,3 +195,28 @@ def test_ten_hosts_at_once_get_the_weights_and_each_chunk_once() -> None:
         asyncio.run(scene())
         assert sorted(run.log.asked) == sorted(10 * list(range(NUM_CHUNKS // 2)))
         assert run.line.down.num_bytes < 10 * NUM_CHUNKS // 2 * CHUNK_BYTES * WIRE
+
+
+# --- Adapters
+
+
+def test_a_host_pulls_the_base_once_and_then_adapters_alone_also_from_a_restarted_broker() -> None:
+    """With the base lost and its version asked for, the broker is told of both again before anything is served."""
+    with TwoHosts(1, num_base_chunks=NUM_CHUNKS, lora={"rank": 4}) as run, run.far_generator() as far:
+        wait_until(lambda: loaded(far) == [0], "it has base and adapters")
+        assert sorted(run.log.asked) == sorted([*EACH, 0])
+        before = run.line.down.num_bytes
+        for version in (1, 2):
+            assert run.learner.step()
+            wait_until(lambda: loaded(far)[-1] == version, "it follows")  # noqa: B023
+        assert run.line.down.num_bytes - before < 2 * 1.1 * CHUNK_BYTES
+        before, num_asked = run.line.down.num_bytes, len(run.log.asked)
+        assert num_asked == NUM_CHUNKS + 3
+        run.restart_broker()
+        assert run.learner.step()
+        wait_until(lambda: loaded(far)[-1] == 3, "it follows the new one")
+        assert set(run.log.asked) == {0}, "of adapters"
+        assert run.line.down.num_bytes - before < 3 * CHUNK_BYTES
+        with run.near_generator() as late:
+            wait_until(lambda: loaded(late) == [3], "a late one of the learner's host maps both")
+            assert set(run.log.asked) == {0}

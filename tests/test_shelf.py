@@ -20,11 +20,13 @@ from tests.locks import is_held
 LAYOUT = lay_out([("w", "float32", ((CHUNK_BYTES + 4096) // 4,))])  # two chunks
 
 
-def snapshot(folder: Path, version: int, seed: int | None = None) -> Snapshot:
-    writer = SnapshotWriter(folder / f"v{version}", LAYOUT)
+def snapshot(
+    folder: Path, version: int, seed: int | None = None, base: Snapshot | None = None, name: str = ""
+) -> Snapshot:
+    writer = SnapshotWriter(folder / (name or f"v{version}"), LAYOUT)
     rng = np.random.default_rng(version if seed is None else seed)
     writer.view(LAYOUT[0])[:] = rng.integers(0, 255, LAYOUT[0].nbytes, np.uint8)
-    return replace(writer.finish(version), data=np.empty(0, np.uint8))  # the learner does not read it
+    return replace(writer.finish(version, base), data=np.empty(0, np.uint8))  # the learner does not read it
 
 
 def publish(made: Snapshot, **fields: Any) -> Publish:
@@ -232,3 +234,38 @@ def test_the_file_of_equal_weights_that_are_published_again_is_let_go(tmp_path: 
     shelf.put(publish(new))
     pull(shelf, new, index=1)
     assert [is_held(old.folder), is_held(new.folder)] == [False, True]
+
+
+# --- Bases of adapters
+
+
+def test_a_base_can_be_pulled_as_long_as_a_version_names_it_and_holds_up_nobody(tmp_path: Path) -> None:
+    base, shelf = snapshot(tmp_path, 0, seed=50, name="base"), Shelf()
+    made = [snapshot(tmp_path, version, base=base) for version in range(5)]
+    shelf.put_base(publish(base, is_base=True))
+    for entry in made[:4]:
+        shelf.put(publish(entry), oldest_useful=entry.version - 1)
+        pull(shelf, base, READER, index=entry.version % 2)
+    assert is_held(base.folder), "although nothing is useful of the version that it was first pulled for"
+    pull(shelf, made[2], OTHER)  # the base that is being pulled is no older version
+    shelf.put(publish(snapshot(tmp_path, 6)))
+    pull(shelf, base, READER)
+    shelf.put(publish(snapshot(tmp_path, 7)))
+    assert shelf.base(base.digest) is None
+    shelf.ended(READER)
+    assert not is_held(base.folder)
+    assert refusal(shelf, base) == "it is not on the shelf"
+
+
+def test_a_version_whose_base_is_not_here_is_refused_and_so_is_a_base_of_a_base(tmp_path: Path) -> None:
+    base = snapshot(tmp_path, 0, seed=50, name="base")
+    adapters, shelf = snapshot(tmp_path, 1, base=base), Shelf()
+    with pytest.raises(LookupError, match=f"version 1 stands beside {base.digest[:12]}, which is not published"):
+        shelf.put(publish(adapters))
+    assert shelf.version(1) is None
+    with pytest.raises(ValueError, match=f"a base has no base, {adapters.digest[:12]} names {base.digest[:12]}"):
+        shelf.put_base(publish(adapters, is_base=True))
+    shelf.put_base(publish(base, is_base=True))
+    shelf.put(publish(adapters))
+    shelf.clear()
+    assert shelf.base(base.digest) is None

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ from protocol.errors import ConfigError, SnapshotError
 from protocol.snapshot_file import WEIGHTS_FILE
 from protocol.types import Completion, FinishReason, SamplingParams, VersionSpan
 from protocol.weights import Snapshot
+from tests.adapters import ALPHA, RANK, adapters_snapshot, merged, random_adapters
 from tests.engines import all_reached, begin, outcome, prompts, until
 from tests.locks import is_held
 from tests.models import (
@@ -69,10 +71,10 @@ def running(pid: int) -> bool:
 class Rig:
     """One engine, the loop it lives in, and the model whose weights it serves."""
 
-    def __init__(self, folder: Path, tied: bool, recompute_cache: bool) -> None:
+    def __init__(self, folder: Path, tied: bool, recompute_cache: bool, **lora: Any) -> None:
         self.folder = folder
         self.model = make_tiny_qwen2(folder / "model", tied)
-        self.options = EngineOptions(folder / "model", MAX_LEN, seed=3, recompute_cache=recompute_cache)
+        self.options = EngineOptions(folder / "model", MAX_LEN, seed=3, recompute_cache=recompute_cache, **lora)
         self.runner = asyncio.Runner()
         self.version = 0
         self.start()
@@ -88,8 +90,12 @@ class Rig:
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(asyncio.wait_for(call, 100))
 
-    def snapshot(self) -> Snapshot:
-        """The current model as the next version."""
+    def change(self, seed: int) -> None:
+        """Other weights, to be published."""
+        self.model = twin(self.model, seed)
+
+    def snapshot(self, held_base: str | None = None) -> Snapshot:
+        """The current model as the next version, for an engine that holds `held_base`; None: for ours."""
         self.version += 1
         return snapshot_of(self.model, self.folder, self.version)
 
@@ -103,6 +109,30 @@ class Rig:
     def close(self) -> None:
         self.run(self.engine.close())
         self.runner.close()
+
+
+class AdapterRig(Rig):
+    """Serves adapters beside a model that stays; `model` is what computes the same without them."""
+
+    def __init__(self, folder: Path, tied: bool, recompute_cache: bool) -> None:
+        self._below: Any = None
+        super().__init__(folder, tied, recompute_cache, lora_rank=RANK, lora_alpha=ALPHA)
+
+    def start(self) -> None:
+        if self._below is None:
+            self._below, self._base = self.model, snapshot_of(self.model, self.folder, 0)
+            self.change(seed=1)
+        super().start()
+
+    def change(self, seed: int) -> None:
+        self.adapters = random_adapters(self._below, seed)
+        self.model = merged(self._below, self.adapters)
+
+    def snapshot(self, held_base: str | None = None) -> Snapshot:
+        self.version += 1
+        made = adapters_snapshot(self.adapters, self._base, self.folder, self.version)
+        held = self.engine.held_base if held_base is None else held_base
+        return replace(made, base=None) if held == self._base.digest else made
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +150,29 @@ def rigs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Rig]]:
 
 def rig_of(kind: str, rigs: dict[str, Rig], factory: pytest.TempPathFactory) -> Rig:
     if kind not in rigs:
-        rigs[kind] = Rig(factory.mktemp(kind), tied="untied" not in kind, recompute_cache="keep" not in kind)
+        rig_type = AdapterRig if "adapters" in kind else Rig
+        rigs[kind] = rig_type(factory.mktemp(kind), tied="untied" not in kind, recompute_cache="keep" not in kind)
     elif not rigs[kind].alive():
         rigs[kind].start()
     return rigs[kind]
 
 
-@pytest.fixture(params=["tied", "untied"])
+@pytest.fixture(params=["tied", "untied", "adapters"])
 def rig(request: pytest.FixtureRequest, rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
     return rig_of(request.param, rigs, tmp_path_factory)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def whole(request: pytest.FixtureRequest, rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    """One without adapters."""
+    return rig_of(request.param, rigs, tmp_path_factory)
+
+
+@pytest.fixture
+def adapting(rigs: dict[str, Rig], tmp_path_factory: pytest.TempPathFactory) -> AdapterRig:
+    rig = rig_of("adapters", rigs, tmp_path_factory)
+    assert isinstance(rig, AdapterRig)
+    return rig
 
 
 @pytest.fixture
@@ -149,7 +193,7 @@ def distance(logprobs: np.ndarray, completion: Completion, start: int, end: int)
 
 async def update_in_flight(rig: Rig, questions: list[np.ndarray], sampling: SamplingParams) -> list[Completion]:
     """Let all questions run, give `rig` other weights in the middle, and return what came of them."""
-    rig.model = twin(rig.model, seed=100 + rig.version)
+    rig.change(seed=100 + rig.version)
     snapshot = rig.snapshot()  # made before: on a busy machine the completions would be over by then
     tasks = begin(rig.engine, questions, sampling)
     await all_reached(rig.engine, len(questions), 60)
@@ -185,7 +229,7 @@ def test_a_prompt_that_was_cached_under_old_weights_is_answered_by_the_new_ones_
     for _ in range(2):
         completion = rig.run(rig.engine.generate("again", question, SamplingParams(20), 0))
         assert distance(reference_logprobs(rig.model, question, completion, 1.0), completion, 0, 20) < TOLERANCE
-        rig.model = twin(rig.model, seed=200 + rig.version)
+        rig.change(seed=200 + rig.version)
         rig.run(rig.engine.load(rig.snapshot()))
 
 
@@ -234,7 +278,7 @@ def test_the_greedy_answer_is_the_one_of_transformers(rig: Rig) -> None:
 
     async def both() -> tuple[list[Completion], list[Completion]]:
         await oracle.start()
-        await oracle.load(rig.snapshot())
+        await oracle.load(rig.snapshot(held_base=""))
         answers = [await asyncio.gather(*begin(e, questions, SamplingParams(40, 0.0))) for e in (rig.engine, oracle)]
         await oracle.close()
         return answers[0], answers[1]
@@ -244,24 +288,48 @@ def test_the_greedy_answer_is_the_one_of_transformers(rig: Rig) -> None:
         np.testing.assert_allclose(ours.behavior_logprobs, theirs.behavior_logprobs, atol=TOLERANCE)
 
 
-def test_the_tokenizers_end_of_sequence_ends_a_completion_and_padding_is_never_sampled(rig: Rig) -> None:
+def test_the_tokenizers_end_of_sequence_ends_a_completion_and_padding_is_never_sampled(whole: Rig) -> None:
     with torch.no_grad():
-        rig.model = twin(rig.model, seed=9)
-        rig.model.model.norm.weight.zero_()  # all logits are zero: every token is as likely as any other
-    rig.run(rig.engine.load(rig.snapshot()))
+        whole.change(seed=9)
+        whole.model.model.norm.weight.zero_()  # all logits are zero: every token is as likely as any other
+    whole.run(whole.engine.load(whole.snapshot()))
 
     async def answers() -> list[Completion]:
-        return await asyncio.gather(*begin(rig.engine, prompts(16), SamplingParams(300)))
+        return await asyncio.gather(*begin(whole.engine, prompts(16), SamplingParams(300)))
 
-    completions = rig.run(answers())
+    completions = whole.run(answers())
     stopped = [c for c in completions if c.finish_reason is FinishReason.STOP]
     assert stopped
     for completion in completions:
         np.testing.assert_allclose(completion.behavior_logprobs, -math.log(200), atol=TOLERANCE)
         assert (EOS in completion.tokens) == (completion in stopped)
         assert EOS not in completion.tokens[:-1]
-    rig.model = twin(rig.model, seed=10)
-    rig.run(rig.engine.load(rig.snapshot()))
+    whole.change(seed=10)
+    whole.run(whole.engine.load(whole.snapshot()))
+
+
+def test_adapters_without_their_base_are_refused_and_the_old_ones_serve_on(adapting: AdapterRig) -> None:
+    [question], engine = prompts(1), adapting.engine
+    other = snapshot_of(twin(adapting.model, seed=5), adapting.folder, 0)
+    lonely = replace(adapters_snapshot(adapting.adapters, other, adapting.folder, 1000), base=None)
+    for bad, reason in (
+        (lonely, f"version 1000 stand beside {other.digest[:12]}, here is {engine.held_base[:12]}"),
+        (other, "snapshot 0 is of whole weights, which does not fit lora.rank 6"),
+    ):
+        assert reason in str(adapting.run(outcome(engine.load(bad))))
+    completion = adapting.run(engine.generate("after", question, SamplingParams(20), 0))
+    assert distance(reference_logprobs(adapting.model, question, completion, 1.0), completion, 0, 20) < TOLERANCE
+
+
+def test_adapters_go_onto_another_base_that_comes_along(adapting: AdapterRig) -> None:
+    """As after a resume that began anew."""
+    [question] = prompts(1)
+    adapting._below = twin(adapting._below, seed=31)
+    adapting._base = snapshot_of(adapting._below, adapting.folder, 0)
+    adapting.change(seed=32)
+    adapting.run(adapting.engine.load(adapting.snapshot()))
+    completion = adapting.run(adapting.engine.generate("other", question, SamplingParams(20), 0))
+    assert distance(reference_logprobs(adapting.model, question, completion, 1.0), completion, 0, 20) < TOLERANCE
 
 
 def test_a_stop_token_of_the_request_ends_it_and_is_part_of_it(untied: Rig) -> None:
@@ -364,7 +432,11 @@ def damaged(rig: Rig, harm: str) -> Snapshot:
 
 
 async def failing_load(rig: Rig, harm: str) -> None:
-    if harm == "cancelled":
+    if harm == "an adapter without a place":
+        assert isinstance(rig, AdapterRig)
+        rig.adapters = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in rig.adapters.items()}
+        await rig.engine.load(rig.snapshot())
+    elif harm == "cancelled":
         os.kill(rig.core_pid, signal.SIGSTOP)
         await asyncio.wait_for(rig.engine.load(rig.snapshot()), 0.3)
     else:
@@ -376,6 +448,7 @@ async def failing_load(rig: Rig, harm: str) -> None:
     [
         ("a missing tensor", "tied", EnginePoisoned),
         ("another shape", "untied", EnginePoisoned),
+        ("an adapter without a place", "adapters", EnginePoisoned),
         ("cancelled", "untied keep", TimeoutError),
     ],
 )

@@ -69,10 +69,13 @@ class ChunkLog:
 
 
 class TwoHosts:
-    """From `with` to its end; version 0, of `num_chunks`, is published when it begins."""
+    """From `with` to its end; version 0, of `num_chunks`, is published when it begins.
 
-    def __init__(self, num_chunks: int = 16, **sections: Any) -> None:
-        self.num_chunks = num_chunks
+    With `num_base_chunks` versions are adapters.
+    """
+
+    def __init__(self, num_chunks: int = 16, num_base_chunks: int = 0, **sections: Any) -> None:
+        self.num_chunks, self.num_base_chunks = num_chunks, num_base_chunks
         self._sections = {"watchdog": PATIENT} | sections
 
     def __enter__(self) -> TwoHosts:
@@ -87,8 +90,9 @@ class TwoHosts:
             self.line = stack.enter_context(TcpProxy(Addresses.read(self.folder).bulk))
             self._broker = stack.enter_context(ExitStack())
             self._start_broker()
-            size = self.num_chunks * CHUNK_BYTES // 4
-            self.learner = stack.enter_context(ScriptedLearner(self.folder, self.config, size=size))
+            size, base_size = (number * CHUNK_BYTES // 4 for number in (self.num_chunks, self.num_base_chunks))
+            learner = ScriptedLearner(self.folder, self.config, size=size, base_size=base_size)
+            self.learner = stack.enter_context(learner)
             self._stack = stack.pop_all()
         return self
 
