@@ -72,16 +72,17 @@ def grpo(run: Run) -> bool:
 
 
 def ppo(run: Run) -> bool:
-    """The critic comes to know what a state is worth, and learns by itself first."""
-    explained, warmup = run.curve("critic/explained_variance"), run.config.critic.warmup_steps
+    """The critic learns by itself first, and comes to know what a state is worth."""
+    loss, warmup = run.curve("critic/loss"), run.config.critic.warmup_steps
     alone = run.curve("policy/updates")[:warmup] == [0] * warmup and run.curve("critic/lr")[0] > 0
-    return alone and explained[0] == 0 < fmean(explained[-3:]) and run.mean("critic/clip_frac") > 0
+    knows = fmean(loss[-3:]) < 0.2 * loss[0] and run.curve("critic/explained_variance")[0] == 0
+    return alone and knows and run.mean("critic/clip_frac") > 0
 
 
 def lora(run: Run) -> bool:
     """Versions are smaller than the base; the reference is the base, and the policy leaves it."""
     distances = run.curve("policy/kl_reference")
-    return abs(distances[0]) < 1e-6 < distances[-1] and run.curve("weights/bytes")[-1] < 20_000
+    return abs(distances[0]) < 1e-6 < distances[-1] and run.curve("weights/bytes")[-1] < 50_000
 
 
 def dapo(run: Run) -> bool:
