@@ -79,11 +79,10 @@ class Shelf:
         named = {shelved.base for shelved in self._versions.values()}
         self._bases = {digest: base for digest, base in self._bases.items() if digest in named}
         self._mapped.pop(publish.digest, None)  # equal weights of an older version: from now on of this one's file
-        bases = {digest: snapshot for digest, snapshot in self._mapped.items() if digest in self._bases}
-        older = [snapshot for digest, snapshot in self._mapped.items() if digest not in bases]
+        older = [snapshot for digest, snapshot in self._mapped.items() if digest not in self._bases]
         useful = [snapshot for snapshot in older if snapshot.version >= oldest_useful]
         stays = min(useful, key=lambda snapshot: snapshot.version, default=None)
-        self._mapped = bases if stays is None else bases | {stays.digest: stays}
+        self._mapped = {} if stays is None else {stays.digest: stays}  # a base is mapped anew by who asks for it
 
     def put_base(self, publish: Publish) -> None:
         """Take what later versions stand beside. Raises as `put`, and ValueError if it names a base itself."""

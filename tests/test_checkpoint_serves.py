@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from actors.vllm_settings import environment
 from learner import checkpoint
 from learner.ranks import Ranks
-from tests.learning import model_folder, open_policy
+from tests.learning import model_folder, open_policy, train_step
+from tests.rows import random_rows
 
 PROMPT = [5, 9, 13, 20]
 NUM_TOKENS = 12
@@ -32,7 +33,8 @@ if __name__ == "__main__":
 
 
 def test_vllm_serves_a_checkpoints_folder_as_it_is(tmp_path: Path, ranks: Ranks) -> None:
-    policy = open_policy(model_folder(tmp_path / "model"), ranks)
+    policy = open_policy(model_folder(tmp_path / "model"), ranks, lora={"rank": 4})  # so that it has to be merged
+    train_step(policy, ranks, random_rows(1, 6), learning_rate=1e-2)
     folder = checkpoint.save(tmp_path, 1, policy, {}, 1, ranks) / "hf"
     (tmp_path / "serve.py").write_text(SERVE)
     command = [sys.executable, str(tmp_path / "serve.py"), str(folder)]
