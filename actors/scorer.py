@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from actors.rewards.pool import RewardFailed, RewardPool
-from protocol.config import RewardsConfig
+from protocol.sections import RewardsConfig
 from protocol.types import Completion, Prompt
 
 

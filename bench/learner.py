@@ -32,7 +32,7 @@ import torch
 
 from bench.model_sizes import SIZES
 from learner.ranks import environment
-from protocol.config import LearnerConfig
+from protocol.sections import LearnerConfig
 
 BENCH = Path(__file__).resolve().parent
 SLICE_TOKENS = 32  # of plain torch

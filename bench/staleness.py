@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 
 from bench.staleness_pictures import draw
 from broker.batches import ScheduleSettings
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from tests.simulation.cluster import Cluster
 from tests.simulation.world import Load
 

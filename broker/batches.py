@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from broker.leases import OpenLease
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from protocol.types import Trajectory
 
 

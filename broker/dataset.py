@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from protocol.config import DataConfig
 from protocol.errors import ConfigError
+from protocol.sections import DataConfig
 
 Row = dict[str, Any]
 

@@ -28,7 +28,7 @@ from broker.groups import Groups
 from broker.leases import Generator, Grant, LeaseTable, OpenLease, Refusal, ResultStatus, Wait
 from broker.ledger import Ledger
 from broker.pacing import Pace
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from protocol.types import LeaseKind, Trajectory
 
 CRASHES_UNTIL_ALONE = 2  # a prompt that was lost in so many crashes is leased alone

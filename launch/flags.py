@@ -149,7 +149,7 @@ def _attribute(flag: str) -> str:
 
 
 def _all_settings() -> str:
-    lines = ["every setting, as --SECTION.NAME VALUE (protocol/config.py says what each means):"]
+    lines = ["every setting, as --SECTION.NAME VALUE (protocol/sections.py and algorithm.py say what each means):"]
     sections: dict[str, list[str]] = {}
     for key in known_keys():
         section, _, name = key.partition(".")

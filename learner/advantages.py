@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.config import AlgorithmConfig
+from protocol.algorithm import AlgorithmConfig
 
 EPSILON = 1e-6
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protocol.config import AlgorithmConfig
+from protocol.algorithm import AlgorithmConfig
 
 
 class Totals(NamedTuple):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protocol.config import CorrectionsConfig
+from protocol.algorithm import CorrectionsConfig
 
 MAX_LOG_RATIO = 20.0  # before exp, of a token or of a sequence
 

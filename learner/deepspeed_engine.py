@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from learner.optimizer import GuardedAdamW
 from learner.ranks import Ranks
-from protocol.config import LearnerConfig
 from protocol.errors import ConfigError
+from protocol.sections import LearnerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 50_000_000

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from protocol.config import LoraConfig
+from protocol.algorithm import LoraConfig
 from protocol.errors import ConfigError
 
 ALL_LINEAR = "all-linear"

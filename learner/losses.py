@@ -21,7 +21,7 @@ from learner.aggregation import Aggregation, Totals, token_weights
 from learner.batches import MicroBatch
 from learner.kl import kl_penalty
 from learner.surrogates import Surrogate, token_log_ratio
-from protocol.config import AlgorithmConfig, KlConfig
+from protocol.algorithm import AlgorithmConfig, KlConfig
 
 LossAndSums = tuple[Tensor, dict[str, Tensor]]
 

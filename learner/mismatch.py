@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.corrections import MAX_LOG_RATIO, Corrections, sequence_log_ratios
-from protocol.config import CorrectionsConfig
+from protocol.algorithm import CorrectionsConfig
 
 NUM_BINS = 121  # odd: an unmoved policy is in the middle of one
 BIN_SCALE = 0.005  # log ratios below it are binned evenly, those above by their logarithm

@@ -15,7 +15,8 @@ from learner.kl import AdaptiveKl
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.reference import BaseReference, Reference
-from protocol.config import Config, LoraConfig
+from protocol.algorithm import LoraConfig
+from protocol.config import Config
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,8 @@ from learner.policy import Loss
 from learner.ranks import Ranks
 from learner.schedule import critic_warmup_steps
 from learner.value_loss import ValueLoss
-from protocol.config import Config, CorrectionsConfig
+from protocol.algorithm import CorrectionsConfig
+from protocol.config import Config
 from protocol.types import Share
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import huber_loss
 
 from learner.aggregation import Aggregation
 from learner.batches import MicroBatch
-from protocol.config import CriticConfig
+from protocol.algorithm import CriticConfig
 
 HUBER_DELTA = 10.0
 """Distance from the return beyond which the Huber loss is linear."""

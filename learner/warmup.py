@@ -18,8 +18,8 @@ from learner.losses import SupervisedLoss
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.schedule import learning_rate
-from protocol.config import WarmupConfig
 from protocol.examples import Example
+from protocol.sections import WarmupConfig
 
 
 class WarmupStep(NamedTuple):

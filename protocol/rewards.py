@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from protocol.config import Config, RewardsConfig
+    from protocol.config import Config
+    from protocol.sections import RewardsConfig
 
 BUILT_IN = ("gsm8k", "gsm8k_flexible")
 OVERLONG = "overlong"  # what results and curves call the punishment of completions near max_tokens

@@ -1,6 +1,6 @@
 """Which settings there are: their dotted names, what they mean, and which name was probably meant.
 
-Read off the fields of `protocol/config.py`, so nothing is listed twice.
+Read off the fields of `protocol/config.py` and its sections, so nothing is listed twice.
 """
 
 from __future__ import annotations

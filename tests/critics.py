@@ -17,7 +17,8 @@ from learner.critic import Critic
 from learner.ranks import Ranks
 from learner.trained_model import OptimizerStep
 from learner.value_loss import ValueLoss
-from protocol.config import AlgorithmConfig, Config, CriticConfig
+from protocol.algorithm import AlgorithmConfig, CriticConfig
+from protocol.config import Config
 from tests.learning import config
 from tests.rows import random_rows
 

@@ -17,8 +17,10 @@ from learner.batches import Row, counts, pack
 from learner.losses import PolicyLoss
 from learner.policy import Policy, Update
 from learner.ranks import Ranks
-from protocol.config import AlgorithmConfig, Config, KlConfig, LearnerConfig, WarmupConfig
+from protocol.algorithm import AlgorithmConfig, KlConfig
+from protocol.config import Config
 from protocol.examples import Example
+from protocol.sections import LearnerConfig, WarmupConfig
 from tests.models import make_tiny_qwen2
 from tests.rows import VOCAB, random_rows
 

@@ -14,7 +14,7 @@ import numpy as np
 from learner.aggregation import Totals
 from learner.batches import MicroBatch, Row, counts, empty_micro_batch, pack
 from learner.losses import PolicyLoss
-from protocol.config import AlgorithmConfig
+from protocol.algorithm import AlgorithmConfig
 from tests.rows import random_rows
 from tests.slow_losses import BOUND, DUAL, HIGH, LOW, TAU_NEGATIVE, TAU_POSITIVE
 

@@ -18,7 +18,7 @@ from learner.aggregation import Aggregation
 from learner.batches import MicroBatch, Row, empty_micro_batch, pack
 from learner.losses import PolicyLoss
 from learner.model import PolicyModel, load
-from protocol.config import AlgorithmConfig, KlConfig
+from protocol.algorithm import AlgorithmConfig, KlConfig
 from tests.learning import model_folder, sampled_batch
 from tests.loss_outcomes import MAX_TOKENS, in_double, totals
 

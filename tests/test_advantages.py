@@ -21,7 +21,7 @@ from learner.advantages import (
     over_greedy,
     sequence_advantages,
 )
-from protocol.config import AlgorithmConfig
+from protocol.algorithm import AlgorithmConfig
 
 NAN = math.nan
 EPSILON = 1e-6

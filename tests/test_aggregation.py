@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from learner.aggregation import Aggregation, Totals, token_weights
-from protocol.config import AlgorithmConfig
+from protocol.algorithm import AlgorithmConfig
 
 LENGTHS = [4, 1, 0, 7, 2]  # of each sequence, in tokens inside the loss
 MAX_TOKENS = 9

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from protocol.config import KlConfig
+from protocol.algorithm import KlConfig
 from protocol.errors import Exit
 from tests.algorithm_cases import CASES, NUM_STEPS, Run
 from tests.cluster_process import ClusterProcess, steps_of

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from protocol.config import GROUP_RELATIVE, Config
+from protocol.algorithm import GROUP_RELATIVE
+from protocol.config import Config
 
 REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     *(

@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from protocol.config import AlgorithmConfig, Config, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig, Section
+from protocol.algorithm import AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
+from protocol.config import Config
+from protocol.sections import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text()

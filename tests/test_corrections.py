@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.corrections import Corrections, corrections
-from protocol.config import CorrectionsConfig
+from protocol.algorithm import CorrectionsConfig
 
 LOW, HIGH = 0.5, 2.0
 # log ratios of tokens by sequence; tokens on both sides of both bounds and of both clamps, and sequences whose product

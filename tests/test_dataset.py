@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from broker.dataset import Columns, check_prompts, columns_for_rewards, load_rows, recognise
-from protocol.config import DataConfig
 from protocol.errors import ConfigError
+from protocol.sections import DataConfig
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(5)]
 VERL = {

@@ -25,7 +25,7 @@ from learner.losses import PolicyLoss
 from learner.returns import gae, returns_to_go, token_rewards
 from learner.surrogates import Surrogate, cispo, dppo_kl, dppo_tv, gspo, ppo, reinforce, sapo, sequence_means
 from learner.whitening import whiten, whiten_groups, whitening_pivot, whitening_sums
-from protocol.config import AlgorithmConfig, CorrectionsConfig, KlConfig
+from protocol.algorithm import AlgorithmConfig, CorrectionsConfig, KlConfig
 from tests.loss_outcomes import MAX_TOKENS, Outcome, algorithm, rows_of_a_batch, totals
 
 NUM_TOKENS = 200

@@ -13,7 +13,7 @@ import torch
 from learner.aggregation import Aggregation, Totals
 from learner.batches import Row, empty_micro_batch, pack
 from learner.losses import PolicyLoss, SupervisedLoss, policy_curves
-from protocol.config import AlgorithmConfig, KlConfig
+from protocol.algorithm import AlgorithmConfig, KlConfig
 from tests.loss_outcomes import MAX_TOKENS, Outcome, Place, algorithm, rows_of_a_batch, totals
 from tests.rows import random_rows
 from tests.slow_losses import (

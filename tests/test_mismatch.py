@@ -18,7 +18,7 @@ from learner.batches import Row, pack
 from learner.corrections import corrections
 from learner.mismatch import OLDEST_AGE, SUM_NAMES, mismatch_curves, mismatch_sums
 from learner.ranks import Ranks
-from protocol.config import CorrectionsConfig
+from protocol.algorithm import CorrectionsConfig
 from protocol.types import Completion, SamplingParams, Tokens
 from tests.engines import begin, prompts
 from tests.learning import model_folder, open_policy

@@ -16,8 +16,9 @@ from learner.losses import LossAndSums
 from learner.model import PolicyModel, load
 from learner.policy import Policy
 from learner.ranks import Ranks
-from protocol.config import AlgorithmConfig, LearnerConfig
+from protocol.algorithm import AlgorithmConfig
 from protocol.errors import ConfigError
+from protocol.sections import LearnerConfig
 from tests.learning import (
     BUDGETS,
     RATE,

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from actors.rewards.pool import RewardFailed, RewardPool
-from protocol.config import RewardConfig, RewardsConfig
 from protocol.errors import ConfigError
+from protocol.sections import RewardConfig, RewardsConfig
 
 TIMEOUT_S = 1.0
 CODE = """

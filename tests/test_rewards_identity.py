@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from protocol.config import RewardConfig, RewardsConfig
 from protocol.errors import ConfigError
 from protocol.rewards import is_file, reward_digest, with_files
+from protocol.sections import RewardConfig, RewardsConfig
 
 
 def code(folder: Path, name: str, text: str = "def score(completion): return 1.0\n") -> str:

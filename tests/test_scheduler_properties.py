@@ -14,7 +14,7 @@ from broker.leases import Grant, ResultStatus, Wait
 from broker.ledger import Ledger
 from broker.outlook import describe
 from broker.scheduler import Scheduler
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from protocol.types import LeaseKind
 from tests.simulation.generator import answer
 

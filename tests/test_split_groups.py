@@ -7,7 +7,7 @@ from typing import Any
 
 from broker.leases import Grant
 from broker.scheduler import Scheduler
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from tests.schedules import finish, fresh, grants, prompts, train
 from tests.simulation.generator import answer
 

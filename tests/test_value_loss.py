@@ -12,7 +12,7 @@ import torch
 from learner.aggregation import Aggregation, Totals
 from learner.batches import MicroBatch, counts, empty_micro_batch, pack
 from learner.value_loss import ValueLoss, value_curves, value_loss
-from protocol.config import AlgorithmConfig, CriticConfig
+from protocol.algorithm import AlgorithmConfig, CriticConfig
 from tests.rows import random_rows
 
 CLIP = 0.5

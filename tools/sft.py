@@ -21,9 +21,10 @@ if __package__ in (None, ""):
 
     use_own_python()
 
-from protocol.config import Config, WarmupConfig
+from protocol.config import Config
 from protocol.errors import ConfigError, TetherError
 from protocol.examples import Example
+from protocol.sections import WarmupConfig
 
 if TYPE_CHECKING:
     from learner.warmup import WarmupStep

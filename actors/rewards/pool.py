@@ -20,8 +20,8 @@ from typing import Any
 
 import msgpack
 
-from protocol.config import RewardsConfig
 from protocol.errors import ConfigError, TetherError
+from protocol.sections import RewardsConfig
 
 log = logging.getLogger("tether.rewards")
 

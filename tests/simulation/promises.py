@@ -15,7 +15,7 @@ from broker.groups import BATCHES_WITHOUT_SIGNAL, UNUSABLE_IN_A_ROW
 from broker.leases import Grant, OpenLease, ResultStatus, Wait
 from broker.ledger import MAX_FAILURES, QUARANTINED_FLOOR, QUARANTINED_SHARE, Ledger
 from broker.scheduler import CRASHES_UNTIL_ALONE, Scheduler
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from protocol.types import LeaseKind, Trajectory
 from tests.simulation.books import Books, Record
 from tests.simulation.invariants import check_bound, check_ledger, check_memory, check_prompts

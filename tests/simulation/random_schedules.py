@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.batches import ScheduleSettings
-from protocol.config import AtBound
+from protocol.sections import AtBound
 from tests.simulation.broker import SimulatedBroker
 from tests.simulation.cluster import Cluster
 from tests.simulation.world import Load, World
