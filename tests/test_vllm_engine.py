@@ -419,6 +419,13 @@ def test_settings_that_vllm_does_not_know_or_that_are_ours_are_refused(tmp_path:
         asyncio.run(engine.start())
     arguments = engine_arguments(EngineOptions(tmp_path, MAX_LEN, seed=11, extra={"block_size": 64}))
     assert (arguments["block_size"], arguments["seed"]) == (64, 11)
+    assert "enable_lora" not in arguments
+    with pytest.raises(ConfigError, match=r"vllm.enable_lora is set by Tether itself"):
+        VLLMEngine(EngineOptions(tmp_path, MAX_LEN, extra={"enable_lora": True}))
+    rooms = {
+        rank: engine_arguments(EngineOptions(tmp_path, MAX_LEN, lora_rank=rank))["max_lora_rank"] for rank in (8, 9)
+    }
+    assert rooms == {8: 8, 9: 16}
 
 
 def damaged(rig: Rig, harm: str) -> Snapshot:
