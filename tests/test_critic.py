@@ -174,7 +174,7 @@ def test_it_starts_from_the_supervised_warm_start(ranks: Ranks, tmp_path: Path, 
     give_head(models.critic)
     train_step(models.policy, ranks, random_rows(1, 8), learning_rate=1e-2)
     models.policy.save_pretrained(tmp_path / "hf")
-    models.warmed_up(config)
+    models.warmed_up(models.policy, config)
     of_policy = {name: weight.float() for name, weight in models.policy.whole_weights()}
     of_critic = {name: state["fp32"] for name, state in models.critic.training_state()}
     assert of_critic.keys() - {"score.weight", "score.bias"} == of_policy.keys() - {"lm_head.weight"}
@@ -193,7 +193,7 @@ def test_one_with_a_model_of_its_own_starts_from_that(tied: str, ranks: Ranks, t
     config = critic_config(tied, critic={"path": own})
     models = Models.open(config, ranks)
     train_step(models.policy, ranks, random_rows(1, 8))
-    models.warmed_up(config)
+    models.warmed_up(models.policy, config)
     assert models.critic is not None
     wanted = AutoModel.from_pretrained(own, dtype=torch.float32).state_dict()
     found = {name: state["fp32"] for name, state in models.critic.training_state()}

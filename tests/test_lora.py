@@ -249,7 +249,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_from_a_base_that_a_warm_start_made(
     whole = models.policy_to_warm(run, ranks)
     warm_up(whole, examples(), warmup_settings(3), 3, 64, ranks, lambda step: None)
     warmed = {name: weight.clone() for name, weight in whole.whole_weights()}
-    models.warmed_up(whole)
+    models.warmed_up(whole, run)
     assert_equal(base_of(models.policy), warmed)
     train_step(models.policy, ranks, random_rows(1, 6))
     path = models.save(tmp_path, 1, {"version": 1}, 1, ranks)
@@ -283,7 +283,7 @@ def test_what_a_warm_start_needed_is_let_go(model: str, ranks: Ranks, zero: int)
     moments = [weakref.ref(value) for state in states for value in state.values() if value.numel() > 1]
     assert len(moments) >= 2
     del states
-    models.warmed_up(whole)
+    models.warmed_up(whole, run)
     assert [moment() for moment in moments] == [None] * len(moments)
     assert train_step(models.policy, ranks, random_rows(1, 6)).applied
 
