@@ -80,11 +80,12 @@ class Groups:
             self.verdict = f"no usable prompt: {self._unusable_in_a_row} in a row were filtered, the last one: {reason}"
 
     def _filter_equal(self, lease: OpenLease) -> None:
-        """Settles a prompt that no gradient comes from. Too many in a row, and the run has no signal."""
+        """Settles a prompt that no gradient comes from. Too many in a row, or all there are: the run has no signal."""
         self._leases.close(lease)
         self._ledger.filter(lease.grant.prompt, EQUAL_REWARDS)
         self._equal_in_a_row += 1
-        if self._equal_in_a_row >= BATCHES_WITHOUT_SIGNAL * self._settings.prompts_per_step:
+        limit = BATCHES_WITHOUT_SIGNAL * self._settings.prompts_per_step
+        if self._equal_in_a_row >= min(limit, self._settings.num_prompts or limit):
             self.verdict = f"no signal: {self._equal_in_a_row} groups in a row had equal rewards and were filtered"
 
     def _lacks_baseline(self, lease: OpenLease) -> bool:

@@ -194,7 +194,7 @@ class Service:
             raise ProtocolError(
                 "settings",
                 f"{hello.name} has other settings than the run (digest {hello.settings_digest[:8]}, expected "
-                f"{run.config.result_digest()[:8]}); start it with the run's config.yaml",
+                f"{run.config.result_digest()[:8]}); start it again, with the run's settings",
             )
         if role is Role.GENERATOR and hello.reward_digest != run.reward_digest:
             raise ProtocolError(

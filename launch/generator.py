@@ -79,6 +79,7 @@ async def generate(args: argparse.Namespace) -> None:
     uses = [function.use for function in own.rewards.functions] if own else args.reward
     digest = reward_digest(uses)
     incarnation = secrets.randbits(62)
+    settings_digest = ""  # the run's, until there is an engine that was built by them
 
     def hello() -> Hello:
         return Hello(
@@ -86,6 +87,7 @@ async def generate(args: argparse.Namespace) -> None:
             name=args.name,
             incarnation=incarnation,
             host=host_identity(),
+            settings_digest=settings_digest,
             reward_digest=digest,
         )
 
@@ -95,6 +97,7 @@ async def generate(args: argparse.Namespace) -> None:
         raise PeerTimeout(f"{error}; does the run go on at this address, and is the key file from it?") from None
     assert session.welcome is not None
     config = Config.model_validate(session.welcome.settings)
+    settings_digest = config.result_digest()
     staging = private_folder(f"generator-{args.name.replace('/', '_')}")
     scorer = engine = None
     farewell = "leaves"

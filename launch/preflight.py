@@ -14,7 +14,10 @@ from protocol.errors import ConfigError, PreflightError
 from protocol.keys import require_curve
 
 SNAPSHOTS = 3
-"""Weights that lie in shared memory at a time: the newest, the one being read, the one being written."""
+"""Weights that lie in shared memory at a time: the newest, the one being read, the one being written.
+
+With adapters those are small, and the model is there once, as their base.
+"""
 
 
 def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
@@ -22,7 +25,7 @@ def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
     require_curve()
     check_packages(config)
     check_model(config.model.path)
-    check_shared_memory(Path(config.model.path), shared_memory)
+    check_shared_memory(Path(config.model.path), shared_memory, 1 if config.lora.rank else SNAPSHOTS)
 
 
 def check_packages(config: Config) -> None:
@@ -55,12 +58,13 @@ def check_model(model: str) -> None:
         )
 
 
-def check_shared_memory(model: Path, shared_memory: Path) -> None:
-    """Room for the snapshots of a model whose size can be seen."""
+def check_shared_memory(model: Path, shared_memory: Path, copies: int = SNAPSHOTS) -> None:
+    """Room for so many snapshots of a model whose size can be seen."""
     size = sum(file.stat().st_size for file in model.glob("*.safetensors")) if model.is_dir() else 0
-    if size and shared_memory.is_dir() and shutil.disk_usage(shared_memory).free < SNAPSHOTS * size:
+    if size and shared_memory.is_dir() and shutil.disk_usage(shared_memory).free < copies * size:
         free = shutil.disk_usage(shared_memory).free
+        snapshots = "1 snapshot" if copies == 1 else f"{copies} snapshots"
         raise PreflightError(
-            f"weights travel through {shared_memory}: expected room for {SNAPSHOTS} snapshots of {size / 1e9:.2f} GB, "
+            f"weights travel through {shared_memory}: expected room for {snapshots} of {size / 1e9:.2f} GB, "
             f"found {free / 1e9:.2f} GB free; enlarge it (docker: --shm-size), or remove what lies there"
         )

@@ -70,13 +70,17 @@ def describe(key: str) -> str:
 
 
 def nearest(key: str, candidates: Sequence[str]) -> str:
-    """The candidate that was probably meant; its last part weighs most, and initials (lr) count as the whole name."""
+    """The candidate that was probably meant; its last part weighs most, and initials (lr) count as the whole name.
+
+    A section may be written without its dot: lora_rank is lora.rank.
+    """
     section, name = parts(key)
 
     def likeness(candidate: str) -> float:
         its_section, its_name = parts(candidate)
         initials = "".join(word[:1] for word in its_name.split("_"))
-        alike = 1.0 if name == initials else difflib.SequenceMatcher(None, name, its_name).ratio()
+        names = {its_name} if section else {its_name, f"{its_section}_{its_name}"}
+        alike = 1.0 if name == initials else max(difflib.SequenceMatcher(None, name, its).ratio() for its in names)
         return alike + 0.3 * difflib.SequenceMatcher(None, section, its_section).ratio()
 
     return max(candidates, key=likeness)

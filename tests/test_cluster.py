@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from tokenizers.models import WordLevel
 from launch.cluster import main
 from launch.flags import parse
 from launch.make import make
-from launch.preflight import check_model, check_packages, check_shared_memory
+from launch.preflight import check, check_model, check_packages, check_shared_memory
 from launch.run_folder import RunFolder, choose_addresses, newest_run
 from protocol.addresses import Addresses
 from protocol.config import Config
@@ -249,6 +250,20 @@ def test_shared_memory_needs_room_for_three_snapshots(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # sparse: a TiB that nobody writes
     with pytest.raises(PreflightError, match=r"expected room for 3 snapshots of 1099\.51 GB, found .* GB free"):
         check_shared_memory(model, tmp_path)
+    with pytest.raises(PreflightError, match=r"expected room for 1 snapshot of 1099\.51 GB"):
+        check_shared_memory(model, tmp_path, copies=1)
+
+
+def test_with_adapters_shared_memory_needs_room_for_the_model_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tmp_path / "model", "config.json", "tokenizer.json")
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free // 2)  # sparse
+    given = {"model": {"path": str(model)}, "generators": {"engine": "fake"}}
+    with pytest.raises(PreflightError, match="expected room for 3 snapshots"):
+        check(Config.model_validate(given), tmp_path)
+    check(Config.model_validate(given | {"lora": {"rank": 8}}), tmp_path)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,14 @@ def test_four_batches_of_filtered_groups_in_a_row_end_the_run() -> None:
     assert scheduler.verdict == "no signal: 8 groups in a row had equal rewards and were filtered"
 
 
+def test_a_stream_without_any_signal_ends_the_run_with_its_last_prompt_and_is_not_complete() -> None:
+    scheduler = fresh(filter_equal_rewards=True, num_prompts=5)
+    for number in range(5):
+        assert scheduler.verdict == "", number
+        finish(scheduler, grants(scheduler, room=2)[0], equal=True)
+    assert scheduler.verdict.startswith("no signal: 5 groups in a row")
+
+
 def test_prompts_that_cannot_be_used_are_no_missing_signal_but_nothing_else_in_a_row_ends_the_run() -> None:
     scheduler = fresh()
     for number in range(2 * UNUSABLE_IN_A_ROW - 1):

@@ -34,7 +34,7 @@ def test_other_settings_are_refused_with_both_digests(tmp_path: Path) -> None:
     learner = Peer(broker, Role.LEARNER, "learner-0")
     assert learner.refused_hello(settings_digest="0123456789") == (
         "settings: learner-0 has other settings than the run (digest 01234567, expected "
-        f"{broker.config.result_digest()[:8]}); start it with the run's config.yaml"
+        f"{broker.config.result_digest()[:8]}); start it again, with the run's settings"
     )
     learner.hello(settings_digest=broker.config.result_digest())
 

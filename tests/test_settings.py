@@ -112,6 +112,8 @@ def test_a_recipe_may_say_what_must_be_made(tmp_path: Path) -> None:
         ("group_size", "batch.group_size"),
         ("batch.groupsize", "batch.group_size"),
         ("stalness.max", "staleness.max"),
+        ("lora_rank", "lora.rank"),
+        ("critic_learning_rate", "critic.learning_rate"),
     ],
 )
 def test_an_unknown_setting_names_the_nearest_known_one(key: str, meant: str) -> None:

@@ -131,6 +131,29 @@ def test_a_generator_leaves_when_the_broker_ends_in_order(tmp_path: Path) -> Non
     assert "the run is over: this generator leaves" in said
 
 
+def test_a_generator_that_outlived_its_broker_goes_on_with_the_run_and_leaves_one_with_other_settings(
+    tmp_path: Path,
+) -> None:
+    """Its engine is built, and it would sample as the old settings say."""
+
+    def contributes(service: Service) -> None:
+        wait_until(lambda: accepted_of(service, "guest"), "it contributes")
+        service.farewells = list  # type: ignore[method-assign]  # as after a crash: it says nothing
+
+    config = slow_run(tmp_path)
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config):
+        guest = joined(tmp_path, "guest")
+        contributes(service)
+    with ended(guest):
+        with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config):
+            contributes(service)
+        other = Config.model_validate(config.model_dump() | {"batch": {"prompts": 4, "group_size": 5}})
+        with broker(tmp_path, other), ScriptedLearner(tmp_path, other):
+            assert guest.wait(20) == Exit.REFUSED
+        _, said = guest.communicate(timeout=10)
+    assert "guest has other settings than the run" in said
+
+
 def test_a_generator_that_is_asked_to_leave_hands_its_leases_back_and_is_soon_gone(tmp_path: Path) -> None:
     config = slow_run(tmp_path)
     with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config):
