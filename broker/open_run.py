@@ -20,6 +20,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     """Raises ConfigError if data or model cannot work."""
     folder = model_folder(config.model.path)
     source = PromptSource(config, ChatTokenizer(folder))
+    _check_policy_is_trained(config, config.steps_for(source.num_rows))
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
         write_examples(run_dir / WARMUP_FILE, source.supervised())
     return RunState(
@@ -32,6 +33,16 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
         vocab_size=_vocab_size(folder),
         reward_digest=reward_digest([function.use for function in config.rewards.functions]),
     )
+
+
+def _check_policy_is_trained(config: Config, num_steps: int) -> None:
+    """`protocol/config.py` sees `run.steps` only; how many steps `run.epochs` are is known with the rows."""
+    alone = config.critic.warmup_steps
+    if config.algorithm.advantage == "gae" and 0 < num_steps <= alone:
+        raise ConfigError(
+            f"critic.warmup_steps must be less than the steps of the run, or the policy is never trained, got {alone} "
+            f"and {num_steps}; set critic.warmup_steps lower, or run.steps or run.epochs higher"
+        )
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, int, str]]:

@@ -48,7 +48,7 @@ CURVES = {
     "critic/lr": "its learning rate",
     "critic/skipped_steps": "its optimizer steps so far that were skipped because loss or gradient was not finite",
     "staleness/mean": "version in training minus version of the token, mean over tokens",
-    "staleness/max": "the same, of the oldest token in the loss",
+    "staleness/max": "the same, of the oldest token",
     "staleness/in_flight": "groups that are leased or finished and not yet in a batch",
     "staleness/left_out_frac": "tokens too old for the loss, of all that arrived",
     "mismatch/kl": "policies that sampled against the one before the batch, per token (k3)",

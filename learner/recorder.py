@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ class Recorder:
         self._ledger, self._skipped = start.ledger, start.skipped
         self._saved_version = start.version if start.version else -1
         self._writer = MetricsWriter(run_dir, start.version) if ranks.is_first else None
+        self.num_skipped: Counter[str] = Counter()  # updates before `start`, by model; of rank 0
         if ranks.is_first:
             cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
             cut_lines(run_dir / SKIPPED_FILE, start.version, "step")
+            self.num_skipped = _num_skipped(run_dir / SKIPPED_FILE)
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
     def step(self, taken: Taken, curves: dict[str, float], step_s: float, *, skipped: bool) -> None:
@@ -152,6 +155,11 @@ class Recorder:
             }
             for item in share.items[: self._config.run.samples_per_step]
         ]
+
+
+def _num_skipped(path: Path) -> Counter[str]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return Counter(json.loads(line)["model"] for line in lines)
 
 
 SHOWN = (

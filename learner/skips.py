@@ -1,6 +1,6 @@
 """Optimizer steps that were skipped because loss or gradient was not finite: counted, written down, and too many.
 
-Runs in every learner rank, with equal numbers on all. Each model has a count of its own, so that a critic that learns
+Runs in every learner rank. Each model has a count of its own, so that a critic that learns
 does not hide a policy that cannot.
 """
 
@@ -23,11 +23,11 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 
 class Skips:
-    """Of one run, by model: policy or critic."""
+    """Of one run, by model: policy or critic. `total` is that of rank 0, with what was skipped before a resume."""
 
     def __init__(self, ranks: Ranks, recorder: Recorder) -> None:
         self._ranks, self._recorder = ranks, recorder
-        self.total: Counter[str] = Counter()
+        self.total = Counter(recorder.num_skipped)
         self._in_a_row: Counter[str] = Counter()
 
     def count(self, model: str, update: OptimizerStep, number: int, mini_batch: MiniBatch, share: Share) -> None:

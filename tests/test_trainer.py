@@ -14,11 +14,14 @@ import torch
 
 from learner.batches import MicroBatch
 from learner.critic import Critic
+from learner.link import Standing
 from learner.losses import LossAndSums
 from learner.models import Models
 from learner.policy import Loss, Policy, Update
 from learner.publisher import Publisher
 from learner.ranks import Ranks
+from learner.recorder import SKIPPED_FILE, Recorder
+from learner.skips import Skips
 from learner.trained_model import OptimizerStep
 from learner.value_loss import ValueLoss
 from protocol.config import Config
@@ -223,6 +226,18 @@ def test_three_skipped_updates_in_a_row_stop_the_run(model: str, ranks: Ranks, t
     ):
         trained(tmp_path / "run", model, ranks, several, lambda models: poisoned(models, 1, 2, 3)[0])
     assert len(lines(tmp_path / "run" / "skipped.jsonl")) == 3
+
+
+def test_a_resumed_run_goes_on_counting_its_skipped_updates(ranks: Ranks, tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    skipped = [(0, "policy"), (0, "critic"), (1, "policy"), (2, "policy")]
+    lines_of = [json.dumps({"step": step, "update": 0, "model": model}) + "\n" for step, model in skipped]
+    (tmp_path / SKIPPED_FILE).write_text("".join(lines_of))
+    nobody: Any = None
+    standing = Standing(2, -1, b"")
+    recorder = Recorder(config, tmp_path, ranks, nobody, nobody, nobody, config.model.path, standing)
+    recorder.close()
+    assert Skips(ranks, recorder).total == {"policy": 2, "critic": 1}, "step 2 is about to be run again"
 
 
 def test_a_skipped_update_of_the_critic_leaves_the_policys_and_is_written_down(
