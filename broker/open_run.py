@@ -20,6 +20,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     """Raises ConfigError if data or model cannot work."""
     folder = model_folder(config.model.path)
     source = PromptSource(config, ChatTokenizer(folder))
+    _check_critic_warmup(config, source.num_rows)
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
         write_examples(run_dir / WARMUP_FILE, source.supervised())
     return RunState(
@@ -32,6 +33,17 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
         vocab_size=_vocab_size(folder),
         reward_digest=reward_digest([function.use for function in config.rewards.functions]),
     )
+
+
+def _check_critic_warmup(config: Config, num_rows: int) -> None:
+    """What `Config` cannot know where the steps follow from the rows."""
+    steps, alone = config.steps_for(num_rows), config.critic.warmup_steps
+    if config.algorithm.advantage == "gae" and alone >= steps:
+        raise ConfigError(
+            f"critic.warmup_steps must be less than the run's steps, or the policy is never trained, got {alone} and "
+            f"{steps}, which is {config.run.epochs:g} x {num_rows} rows in batches of {config.batch.prompts}; set "
+            "critic.warmup_steps, run.epochs or run.steps"
+        )
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, int, str]]:

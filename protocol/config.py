@@ -118,7 +118,7 @@ class Config(Section):
                 "a ratio over the policy that sampled corrects for it already, and importance weights would do so "
                 "twice; set corrections.weight none, or algorithm.ratio proximal"
             )
-        if 0 < self.run.steps <= self.critic.warmup_steps:
+        if algorithm.advantage == "gae" and 0 < self.run.steps <= self.critic.warmup_steps:
             raise ValueError(
                 f"critic.warmup_steps must be less than run.steps, or the policy is never trained, got "
                 f"{self.critic.warmup_steps} and {self.run.steps}"

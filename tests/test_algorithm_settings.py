@@ -29,7 +29,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"corrections": {"low": 1.5}}, "have 1 between them, .* got 1.5 and 2"),
     ({"corrections": {"high": 0.5}}, "have 1 between them, .* got 0 and 0.5"),
     ({"corrections": {"weight": "none", "bound": "mask"}}, "mask is a bound of weights"),
-    ({"critic": {"warmup_steps": 5}, "run": {"steps": 5}}, "warmup_steps must be less than run.steps, .* 5 and 5"),
+    (
+        {"algorithm": {"advantage": "gae"}, "critic": {"warmup_steps": 5}, "run": {"steps": 5}},
+        "warmup_steps must be less than run.steps, .* 5 and 5",
+    ),
     ({"kl": {"target": 0.1}}, "kl.target moves what a coefficient of 0 leaves out"),
     ({"kl": {"reference_update_every": 5}}, "kl.reference_update_every moves what"),
     *(
