@@ -20,7 +20,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     """Raises ConfigError if data or model cannot work."""
     folder = model_folder(config.model.path)
     source = PromptSource(config, ChatTokenizer(folder))
-    _check_policy_is_trained(config, config.steps_for(source.num_rows))
+    _check_critic_warmup(config, source.num_rows)
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
         write_examples(run_dir / WARMUP_FILE, source.supervised())
     return RunState(
@@ -35,13 +35,14 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     )
 
 
-def _check_policy_is_trained(config: Config, num_steps: int) -> None:
-    """`protocol/config.py` sees `run.steps` only; how many steps `run.epochs` are is known with the rows."""
-    alone = config.critic.warmup_steps
-    if config.algorithm.advantage == "gae" and 0 < num_steps <= alone:
+def _check_critic_warmup(config: Config, num_rows: int) -> None:
+    """What `Config` cannot know where the steps follow from the rows."""
+    steps, alone = config.steps_for(num_rows), config.critic.warmup_steps
+    if config.algorithm.advantage == "gae" and alone >= steps:
         raise ConfigError(
-            f"critic.warmup_steps must be less than the steps of the run, or the policy is never trained, got {alone} "
-            f"and {num_steps}; set critic.warmup_steps lower, or run.steps or run.epochs higher"
+            f"critic.warmup_steps must be less than the run's steps, or the policy is never trained, got {alone} and "
+            f"{steps}, which is {config.run.epochs:g} x {num_rows} rows in batches of {config.batch.prompts}; set "
+            "critic.warmup_steps, run.epochs or run.steps"
         )
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from broker.open_run import open_run
 from protocol.algorithm import GROUP_RELATIVE
 from protocol.config import Config
-from protocol.errors import ConfigError
-from tests.small_run import make_run
 
 REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     *(
@@ -79,16 +75,3 @@ def test_settings_that_contradict_each_other_are_refused(sections: dict[str, dic
 @pytest.mark.parametrize("sections", ACCEPTED, ids=str)
 def test_settings_that_fit_together_are_accepted(sections: dict[str, dict[str, Any]]) -> None:
     Config.model_validate(sections)
-
-
-def test_a_run_whose_rows_are_over_before_its_critic_is_warm_is_refused(tmp_path: Path) -> None:
-    sections: dict[str, dict[str, Any]] = {
-        "algorithm": {"advantage": "gae"},
-        "run": {"steps": 0, "epochs": 1.0},
-        "batch": {"prompts": 8},
-    }
-    fits = make_run(tmp_path / "fits", num_rows=40, critic={"warmup_steps": 4}, **sections)
-    open_run(fits, tmp_path / "fits", "here")
-    config = make_run(tmp_path / "over", num_rows=40, critic={"warmup_steps": 5}, **sections)
-    with pytest.raises(ConfigError, match=r"less than the steps of the run, .* got 5 and 5; set critic.warmup_steps"):
-        open_run(config, tmp_path / "over", "here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.groups, self.ledger, self.leases = scheduler.groups, scheduler.ledger, scheduler.leases
         self.leases.generators["a"] = self.generator = Generator("a")
         self.cases: dict[int, Case] = {}
-        self.ends: list[str] = []  # kept or of equal rewards, of all groups in order
+        self.ends: list[str] = []  # kept or filtered for equal rewards, of all groups in order
         self.given_up: list[tuple[int, str]] = []
         self.remainders: list[tuple[int, list[int], list[float]]] = []  # prompt, samples, baseline
         self.num_lost_samples = 0
@@ -141,7 +141,7 @@ class GroupMachine(RuleBasedStateMachine):
             self.cases[lease.grant.prompt].events.append(CRASHED if crashed else LOST)
 
     @rule(place=st.integers(0, 20))
-    def filter_unusable(self, place: int) -> None:
+    def filter(self, place: int) -> None:
         fresh_ones = [lease for lease in self._running() if not lease.results]
         if fresh_ones:
             lease = fresh_ones[place % len(fresh_ones)]
@@ -203,9 +203,9 @@ class GroupMachine(RuleBasedStateMachine):
     @invariant()
     def the_run_ends_when_nothing_is_kept_or_too_much_is_given_up(self) -> None:
         if hasattr(self, "cases"):
-            equal = len(list(takewhile(lambda end: end == EQUAL, reversed(self.ends))))
+            in_a_row = [len(list(run)) for end, run in groupby(self.ends) if end == EQUAL]
             settled = self.ledger.num_settled
-            self.has_verdict |= equal >= 4 * self.size
+            self.has_verdict |= max(in_a_row, default=0) >= 4 * self.size
             self.has_verdict |= bool(self.given_up) and len(self.given_up) > max(3, settled / 100)
             assert bool(self.groups.verdict) == self.has_verdict
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import ProtocolError
+from protocol.errors import ConfigError, ProtocolError
 from protocol.messages import (
     Beat,
     Done,
@@ -44,6 +44,14 @@ def test_other_reward_code_is_refused(tmp_path: Path) -> None:
     said = "rewards: far would score with other reward code than the run; give it the same files with --reward"
     assert generator.refused_hello(reward_digest="") == said
     assert generator.refused_hello(reward_digest="f" * 32) == said
+
+
+def test_a_critic_that_would_learn_alone_to_the_end_of_the_rows_is_refused_by_who_counts_them(tmp_path: Path) -> None:
+    sections = {"algorithm": {"advantage": "gae"}, "run": {"steps": 0, "epochs": 2}}
+    BrokerAlone(tmp_path / "less", **sections, critic={"warmup_steps": 19})
+    with pytest.raises(ConfigError, match=r"never trained, got 20 and 20, which is 2 x 40 rows in batches of 4; set"):
+        BrokerAlone(tmp_path / "all", **sections, critic={"warmup_steps": 20})
+    BrokerAlone(tmp_path / "none", critic={"warmup_steps": 20}, run=sections["run"])
 
 
 def test_a_welcome_brings_what_a_stranger_needs(tmp_path: Path) -> None:

@@ -301,7 +301,8 @@ class WatchedScheduler(Scheduler):
         check_memory(self)
         if not self._has_ended:
             bad, num_settled = len(self.books.quarantined), self.books.num_settled
-            has_no_signal = self._num_filtered_in_a_row >= BATCHES_WITHOUT_SIGNAL * self.settings.prompts_per_step
+            limit = BATCHES_WITHOUT_SIGNAL * self.settings.prompts_per_step
+            has_no_signal = self._num_filtered_in_a_row >= min(limit, self.settings.num_prompts or limit)
             has_no_signal |= self._has_no_prompt
             self._has_ended = has_no_signal or bad > max(QUARANTINED_FLOOR, QUARANTINED_SHARE * num_settled)
             assert bool(self.verdict) == self._has_ended, (
