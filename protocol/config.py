@@ -96,6 +96,17 @@ class Config(Section):
                 f"groups of equal rewards have a signal for {algorithm.advantage}: filter_equal_groups would drop it; "
                 f"set algorithm.filter_equal_groups false, or algorithm.advantage to one of {', '.join(compared)}"
             )
+        completions = self.batch.prompts * self.batch.group_size
+        if algorithm.updates_per_batch > completions:
+            raise ValueError(
+                f"updates_per_batch must be at most the completions of a batch, {completions}, got "
+                f"{algorithm.updates_per_batch}; set algorithm.updates_per_batch lower, or batch.prompts higher"
+            )
+        if self.lora.rank and self.vllm.get("pipeline_parallel_size", 1) != 1:
+            raise ValueError(
+                "adapters are loaded into one pipeline stage, got vllm.pipeline_parallel_size "
+                f"{self.vllm['pipeline_parallel_size']}; set vllm.tensor_parallel_size instead, or lora.rank 0"
+            )
         if 0 < algorithm.dual_clip <= 1:
             raise ValueError(
                 f"dual_clip bounds the ratio from above and must be more than 1, got {algorithm.dual_clip:g}; set "

@@ -19,6 +19,18 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         ({"algorithm": {"advantage": name, "filter_equal_groups": True}}, f"equal rewards have a signal for {name}")
         for name in ("gae", "gdpo", "remax", "reinforce_plus_plus")
     ),
+    (
+        {"algorithm": {"updates_per_batch": 9}, "batch": {"prompts": 2, "group_size": 4}},
+        "at most the completions of a batch, 8, got 9",
+    ),
+    (
+        {"lora": {"rank": 4}, "vllm": {"pipeline_parallel_size": 2}},
+        "one pipeline stage, got vllm.pipeline_parallel_size 2",
+    ),
+    (
+        {"lora": {"rank": 4}, "kl": {"coef": 0.1, "reference_update_every": 5}},
+        "with adapters the reference model is the weights below them",
+    ),
     ({"algorithm": {"dual_clip": 1.0}}, "dual_clip bounds the ratio from above and must be more than 1, got 1"),
     ({"kl": {"coef": 0.1, "place": "reward"}}, "a KL in the reward is a reward of each token, which grpo does not"),
     (
@@ -56,6 +68,9 @@ ACCEPTED: list[dict[str, dict[str, Any]]] = [
     ),
     *({"algorithm": {"advantage": name, "filter_equal_groups": True}} for name in ("grpo", "rloo")),
     {"algorithm": {"dual_clip": 3.0}},
+    {"algorithm": {"updates_per_batch": 8}, "batch": {"prompts": 2, "group_size": 4}},
+    {"vllm": {"pipeline_parallel_size": 2}},
+    {"lora": {"rank": 4}, "vllm": {"tensor_parallel_size": 2}},
     {"critic": {"warmup_steps": 5}, "run": {"steps": 5}},
     {"kl": {"coef": 0.0, "place": "reward"}},
     {"kl": {"coef": 0.1, "place": "reward"}, "algorithm": {"advantage": "reinforce_plus_plus"}},

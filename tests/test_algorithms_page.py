@@ -25,6 +25,7 @@ SECTIONS: dict[str, type[Section]] = {
 SETTINGS = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
 RECIPES = {
     "Two-policy PPO",
+    "LoRA",
     "GRPO",
     "Dr. GRPO",
     "DAPO",
