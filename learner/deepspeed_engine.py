@@ -179,15 +179,19 @@ class DeepSpeedEngine:
         return _opened(named, self.stage)
 
     def close(self) -> None:
-        """Local: let go of master weights and moments, which DeepSpeed itself keeps alive under ZeRO 3.
+        """Local: let go of weights, gradients and moments; the engine is of no use afterwards.
 
-        The engine is of no use afterwards.
+        Under ZeRO 3 and in bfloat16 DeepSpeed keeps views of them alive, so it is their memory that is given back.
         """
-        partitions = self._flat_partitions()
+        held = [*self._flat_partitions(), *self._flat_gradients()]
+        held += [p.ds_tensor if self.stage == 3 else p for p in self._engine.module.parameters()]
         self._optimizer.state.clear()
         self._engine.destroy()
-        for tensor in partitions:
+        for tensor in held:
+            storage = tensor.untyped_storage()
             tensor.data = tensor.new_empty(0)
+            if storage.resizable():  # all but what is mapped from a file
+                storage.resize_(0)
 
     # What training goes on from: float32 weights and AdamW's moments, whole, by parameter.
 
@@ -250,6 +254,12 @@ class DeepSpeedEngine:
         if hasattr(optimizer, "single_partition_of_fp32_groups"):
             return optimizer.single_partition_of_fp32_groups
         return optimizer.fp32_groups_flat_partition  # bfloat16 under ZeRO 1
+
+    def _flat_gradients(self) -> Sequence[Tensor]:
+        """Where gradients are added up for as long as the engine lives."""
+        if self.stage == 3:
+            return [self._engine.optimizer.grad_partitions_flat_buffer]
+        return getattr(self._engine.optimizer, "fp32_groups_gradients_flat", [])  # bfloat16 under ZeRO 1
 
     def _own_slice(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         size, ranks = parameter.ds_tensor.ds_numel, self._ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -273,10 +274,19 @@ def test_a_resumed_run_goes_on_bit_for_bit_from_a_base_that_a_warm_start_made(
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0.0)
 
 
-@pytest.mark.parametrize("zero", STAGES)
-def test_what_a_warm_start_needed_is_let_go(model: str, ranks: Ranks, zero: int) -> None:
-    run = settings(model, zero, warmup={"steps": 3})
+def tensor_bytes() -> int:
+    """What all tensors of this process hold."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (each.untyped_storage() for each in tensors)}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [*((zero, "float32") for zero in STAGES), (1, "bfloat16"), (3, "bfloat16")])
+def test_what_a_warm_start_needed_is_let_go(model: str, ranks: Ranks, zero: int, dtype: str) -> None:
+    run = settings(model, zero, dtype=dtype, warmup={"steps": 3})
     models = Models.open(run, ranks)
+    held = tensor_bytes()
     whole = models.policy_to_warm(run, ranks)
     train_step(whole, ranks, random_rows(1, 6))
     states = whole._engine._optimizer.state.values()
@@ -284,6 +294,8 @@ def test_what_a_warm_start_needed_is_let_go(model: str, ranks: Ranks, zero: int)
     assert len(moments) >= 2
     del states
     models.warmed_up(whole, run)
+    del whole
+    assert tensor_bytes() < held + 100_000, "a model is 500,000 and more"
     assert [moment() for moment in moments] == [None] * len(moments)
     assert train_step(models.policy, ranks, random_rows(1, 6)).applied
 
