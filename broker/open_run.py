@@ -19,8 +19,11 @@ from protocol.rewards import reward_digest
 def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     """Raises ConfigError if data or model cannot work."""
     folder = model_folder(config.model.path)
-    source = PromptSource(config, ChatTokenizer(folder))
-    _check_critic_warmup(config, source.num_rows)
+    tokenizer = ChatTokenizer(folder)
+    source = PromptSource(config, tokenizer)
+    if config.algorithm.advantage == "gae":
+        _check_critic_warmup(config, source.num_rows)
+        _check_critic_reads(config, tokenizer)
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
         write_examples(run_dir / WARMUP_FILE, source.supervised())
     return RunState(
@@ -38,11 +41,22 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
 def _check_critic_warmup(config: Config, num_rows: int) -> None:
     """What `Config` cannot know where the steps follow from the rows."""
     steps, alone = config.steps_for(num_rows), config.critic.warmup_steps
-    if config.algorithm.advantage == "gae" and alone >= steps:
+    if alone >= steps:
         raise ConfigError(
             f"critic.warmup_steps must be less than the run's steps, or the policy is never trained, got {alone} and "
             f"{steps}, which is {config.run.epochs:g} x {num_rows} rows in batches of {config.batch.prompts}; set "
             "critic.warmup_steps, run.epochs or run.steps"
+        )
+
+
+def _check_critic_reads(config: Config, tokenizer: ChatTokenizer) -> None:
+    if not config.critic.path:
+        return
+    size = _vocab_size(model_folder(config.critic.path, "critic.path"))
+    if size < tokenizer.size:
+        raise ConfigError(
+            f"critic.path must be a model that reads the {tokenizer.size} tokens of model.path, got "
+            f"{config.critic.path} with {size}; take a model of the same family, or leave critic.path empty"
         )
 
 

@@ -52,6 +52,11 @@ class ChatTokenizer:
         self._template = self._compile_template()
 
     @property
+    def size(self) -> int:
+        """Above every token id that it knows."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
@@ -118,7 +123,7 @@ class ChatTokenizer:
         return environment.from_string(source)
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, setting: str = "model.path") -> Path:
     """The folder itself, or where the Hub's files of that name lie after being fetched.
 
     Raises ConfigError if there is neither.
@@ -131,8 +136,8 @@ def model_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # the hub's client has no common base for "no such name", "no network" and "no access"
         raise ConfigError(
-            f"expected model.path to be a folder or a Hugging Face name that can be reached, got {path} "
-            f"({type(error).__name__}); download it elsewhere and give the folder with --model"
+            f"expected {setting} to be a folder or a Hugging Face name that can be reached, got {path} "
+            f"({type(error).__name__}); download it elsewhere and set {setting} to its folder"
         ) from None
 
 

@@ -54,6 +54,20 @@ def test_a_critic_that_would_learn_alone_to_the_end_of_the_rows_is_refused_by_wh
     BrokerAlone(tmp_path / "none", critic={"warmup_steps": 20}, run=sections["run"])
 
 
+def test_a_critic_that_knows_fewer_tokens_than_the_policy_is_refused(tmp_path: Path) -> None:
+    for size in (3, 1000):
+        (tmp_path / f"critic-{size}").mkdir()
+        (tmp_path / f"critic-{size}" / "config.json").write_text(json.dumps({"vocab_size": size}))
+    gae = {"advantage": "gae"}
+    BrokerAlone(tmp_path / "more", algorithm=gae, critic={"path": str(tmp_path / "critic-1000")})
+    with pytest.raises(
+        ConfigError, match=r"critic.path must be a model that reads .* with 3; take a model of the same"
+    ):
+        BrokerAlone(tmp_path / "fewer", algorithm=gae, critic={"path": str(tmp_path / "critic-3")})
+    with pytest.raises(ConfigError, match=r"expected critic.path to be a folder or a Hugging Face name"):
+        BrokerAlone(tmp_path / "none", algorithm=gae, critic={"path": str(tmp_path / "no-such")})
+
+
 def test_a_welcome_brings_what_a_stranger_needs(tmp_path: Path) -> None:
     broker = BrokerAlone(tmp_path)
     welcome = Peer(broker, Role.GENERATOR, "far").hello()
