@@ -107,7 +107,7 @@ def policy_curves(sums: Mapping[str, float]) -> dict[str, float]:
 
     `policy/kl` (k1, Schulman 2020) and the ratio are those of the proximal policy against the current one; what lies
     between generators and proximal policy is in `mismatch.py`. `policy/kl_reference` is the penalty as the settings
-    form it, before its coefficient.
+    form it, before its coefficient; NaN where no token is in the loss, so that an adaptive coefficient stays.
     """
     tokens = max(sums["tokens"], 1.0)
     mean = sums["ratio"] / tokens
@@ -121,7 +121,9 @@ def policy_curves(sums: Mapping[str, float]) -> dict[str, float]:
         "policy/ratio_mean": mean,
         "policy/ratio_std": math.sqrt(max(sums["ratio_squared"] / tokens - mean**2, 0.0)),
     }
-    return curves | ({"policy/kl_reference": sums["kl_reference"] / tokens} if "kl_reference" in sums else {})
+    if "kl_reference" in sums:
+        curves["policy/kl_reference"] = sums["kl_reference"] / tokens if sums["tokens"] else math.nan
+    return curves
 
 
 class SupervisedLoss:

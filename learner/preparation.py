@@ -9,6 +9,7 @@ Legend: L tokens of one completion, K tokens inside the loss of one micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -136,7 +137,7 @@ class Preparation:
 
     def _mean_kl(self, rows: Sequence[Row]) -> float:
         sums = self._ranks.sum_across({"kl": float(sum(token_kl(row).sum() for row in rows))} | counts(rows))
-        return sums["kl"] / max(sums["tokens"], 1.0)
+        return sums["kl"] / sums["tokens"] if sums["tokens"] else math.nan
 
     def _mini_batches(self, rows: Sequence[Row], share: Share) -> list[MiniBatch]:
         algorithm, seed = self._config.algorithm, (self._config.run.seed, share.step)

@@ -12,6 +12,7 @@ import torch
 
 from learner.aggregation import Aggregation, Totals
 from learner.batches import Row, empty_micro_batch, pack
+from learner.kl import AdaptiveKl
 from learner.losses import PolicyLoss, SupervisedLoss, policy_curves
 from protocol.algorithm import AlgorithmConfig, KlConfig
 from tests.loss_outcomes import MAX_TOKENS, Outcome, Place, algorithm, rows_of_a_batch, totals
@@ -138,6 +139,18 @@ def test_the_kl_to_the_reference_is_added_whatever_the_corrections_leave_out(wit
     assert left_out
     assert got.loss - without.loss == pytest.approx(0.03 / total.sequences * penalty_sum, rel=1e-9)
     assert policy_curves(got.sums | {"loss": 0.0})["policy/kl_reference"] == pytest.approx(penalty_sum / total.tokens)
+
+
+def test_a_batch_without_a_token_in_the_loss_says_nothing_of_the_kl() -> None:
+    """A 0 would lower an adaptive coefficient."""
+    settings, kl = algorithm(), KlConfig(coef=0.1, target=0.1)
+    loss = PolicyLoss(settings, kl, 0.1, Aggregation(settings, MAX_TOKENS, Totals(0.0, 0.0)))
+    found = Outcome(loss, [], 60)
+    curves = policy_curves(found.sums | {"loss": found.loss})
+    assert [name for name, value in curves.items() if not math.isfinite(value)] == ["policy/kl_reference"]
+    coefficient = AdaptiveKl(kl.coef, kl.target, kl.horizon)
+    coefficient.update(curves["policy/kl_reference"], 8)
+    assert coefficient.value == 0.1
 
 
 def test_a_kl_in_the_reward_and_a_coefficient_of_0_leave_the_loss_alone() -> None:
