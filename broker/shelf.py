@@ -8,7 +8,6 @@ snapshot_ring.py). So a file that this shelf has mapped stands, and the rule is 
 - The newest can always be pulled. An older one can be finished by those who began in time, as long as a generator that
   holds it could be given a lease, and only one such version at a time, the oldest. All others are told to ask for the
   newest. So shared memory holds three snapshots at most: the newest, the one being finished, the one being written.
-
 - A base, which versions of adapters name, can be pulled as long as one of them is known. The learner never writes over
   it, so who pulls it stands in nobody's way.
 
@@ -76,8 +75,7 @@ class Shelf:
         for table, limit in ((self._versions, KEPT), (self._digests, REMEMBERED)):
             while len(table) > limit:
                 table.popitem(last=False)
-        named = {shelved.base for shelved in self._versions.values()}
-        self._bases = {digest: base for digest, base in self._bases.items() if digest in named}
+        self._keep_bases_that_are_named()
         self._mapped.pop(publish.digest, None)  # equal weights of an older version: from now on of this one's file
         older = [snapshot for digest, snapshot in self._mapped.items() if digest not in self._bases]
         useful = [snapshot for snapshot in older if snapshot.version >= oldest_useful]
@@ -89,7 +87,12 @@ class Shelf:
         manifest = _manifest(publish)
         if manifest.base:
             raise ValueError(f"a base has no base, {publish.digest[:12]} names {manifest.base[:12]}")
+        self._keep_bases_that_are_named()
         self._bases[publish.digest] = _shelved(publish, manifest)
+
+    def _keep_bases_that_are_named(self) -> None:
+        named = {shelved.base for shelved in self._versions.values()}
+        self._bases = {digest: base for digest, base in self._bases.items() if digest in named}
 
     def clear(self) -> None:
         self._versions.clear()

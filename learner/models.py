@@ -39,9 +39,8 @@ class Models:
         critic = Critic.open(config, ranks) if config.algorithm.advantage == "gae" else None
         kl = AdaptiveKl(config.kl.coef, config.kl.target, config.kl.horizon)
         beside: dict[str, checkpoint.Model] = {}
-        if isinstance(reference, Reference) and (
-            config.kl.reference_update_every or config.warmup.steps
-        ):  # else it is that of model.path
+        is_model_path = not (config.kl.reference_update_every or config.warmup.steps)
+        if isinstance(reference, Reference) and not is_model_path:
             beside["reference"] = reference
         if critic:
             beside["critic"] = critic

@@ -1,7 +1,7 @@
 """Optimizer steps that were skipped because loss or gradient was not finite: counted, written down, and too many.
 
-Runs in every learner rank. Each model has a count of its own, so that a critic that learns
-does not hide a policy that cannot.
+Runs in every learner rank. Each model has a count of its own, so that a critic that learns does not hide a policy that
+cannot.
 """
 
 from __future__ import annotations

@@ -257,6 +257,18 @@ def test_a_base_can_be_pulled_as_long_as_a_version_names_it_and_holds_up_nobody(
     assert refusal(shelf, base) == "it is not on the shelf"
 
 
+def test_of_bases_that_no_version_names_the_last_stands(tmp_path: Path) -> None:
+    """Else whoever publishes bases without end would fill the broker."""
+    named, shelf = snapshot(tmp_path, 0, seed=50, name="named"), Shelf()
+    shelf.put_base(publish(named, is_base=True))
+    shelf.put(publish(snapshot(tmp_path, 1, base=named)))
+    others = [snapshot(tmp_path, 0, seed=51 + number, name=f"other-{number}") for number in range(3)]
+    for other in others:
+        shelf.put_base(publish(other, is_base=True))
+    standing = [shelf.base(base.digest) is not None for base in (named, *others)]
+    assert standing == [True, False, False, True]
+
+
 def test_a_version_whose_base_is_not_here_is_refused_and_so_is_a_base_of_a_base(tmp_path: Path) -> None:
     base = snapshot(tmp_path, 0, seed=50, name="base")
     adapters, shelf = snapshot(tmp_path, 1, base=base), Shelf()
