@@ -53,7 +53,8 @@ def step_line(row: Row, picture: Picture) -> str:
     parts = [f"step {row['step'] + 1}/{num_steps(picture) or '?'}"]
     named = (
         ("reward", "reward/mean", "{:.3f}"),
-        ("kl", "policy/kl", "{:z.4f}"),
+        ("kl to reference", "policy/kl_reference", "{:z.4f}"),
+        ("mismatch", "mismatch/kl", "{:z.4f}"),
         ("entropy", "policy/entropy", "{:.2f}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("staleness", "staleness/mean", "{:.1f}"),
@@ -133,7 +134,8 @@ def _curves(picture: Picture) -> list[str]:
             parts[-1] += f" (was {first['accuracy']:.1%})"
     row = picture.steps[-1]
     named = (
-        ("kl", "policy/kl", "{:z.4f}"),
+        ("kl to reference", "policy/kl_reference", "{:z.4f}"),
+        ("mismatch", "mismatch/kl", "{:z.4f}"),
         ("entropy", "policy/entropy", "{:.2f}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("cut off", "completion/truncated_frac", "{:.1%}"),

@@ -166,7 +166,7 @@ SHOWN = (
     "reward/mean",
     "reward/std",
     "reward/equal_group_frac",
-    "policy/kl",
+    "policy/kl_reference",
     "policy/entropy",
     "policy/grad_norm",
     "policy/lr",

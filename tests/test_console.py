@@ -30,7 +30,7 @@ STEPS = [
         "step": i,
         "time": 1000 + 1.5 * i,
         "reward/mean": 0.2 + 0.004 * i,
-        "policy/kl": 0.0012,
+        "mismatch/kl": 0.0012,
         "policy/entropy": 0.8,
         "completion/length_mean": 231.0,
         "completion/truncated_frac": 0.004,
@@ -177,7 +177,9 @@ def test_the_warm_start_is_shown_while_there_is_no_step() -> None:
 
 def test_a_step_is_one_line() -> None:
     line = step_line(STEPS[-1], picture())
-    assert line.startswith("step 128/435  reward 0.708  kl 0.0012  entropy 0.80  length 231  staleness 0.9  waited 20%")
+    assert line.startswith(
+        "step 128/435  reward 0.708  mismatch 0.0012  entropy 0.80  length 231  staleness 0.9  waited 20%"
+    )
     assert line.endswith("1.50 s/step  ETA 8 min")
 
 
