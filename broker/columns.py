@@ -39,10 +39,10 @@ class Columns(NamedTuple):
         return f"prompt <- {self.prompt}, answer <- {answer}{system} ({self.convention})"
 
 
-def recognise(row: Row, settings: DataConfig) -> Columns:
+def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Columns:
     """Which columns of rows like this one are what.
 
-    Raises ConfigError naming the columns that are there.
+    Raises ConfigError naming the columns that are there, if one is missing that is set or that a reward reads.
     """
     prompt = settings.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), "")
     answer = settings.answer_column or next((name for name in ANSWER_COLUMNS if name in row), "")
@@ -53,6 +53,11 @@ def recognise(row: Row, settings: DataConfig) -> Columns:
         raise ConfigError(f"expected a prompt column ({wanted}), the rows have {_names(row)}; set data.prompt_column")
     if settings.answer_column and answer not in row:
         raise ConfigError(f"expected an answer column {answer}, the rows have {_names(row)}; set data.answer_column")
+    if not answer and (reward := _reads_number(rewards)):
+        raise ConfigError(
+            f"expected a column with the answer that the reward {reward} reads (one of {', '.join(ANSWER_COLUMNS)}), "
+            f"the rows have {_names(row)}; set data.answer_column, or take another reward with --reward"
+        )
     system = "system" if prompt == "query" and "system" in row else ""
     return Columns(prompt, answer, system, _convention(row, prompt, answer, settings))
 
@@ -62,7 +67,7 @@ def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]
 
     `rewards`: their names, because some read the answer in a form of their own.
     """
-    needs_number = next((name for name in rewards if name in NUMBER_REWARDS), "")
+    needs_number = _reads_number(rewards)
     first = tables[0].rows[0].get(columns.prompt) if tables else None
     ids: dict[str, str] = {}
     for table in tables:
@@ -113,6 +118,11 @@ def demonstration(row: Row, columns: Columns) -> str | None:
     else:
         answer = row.get(columns.answer)
     return answer if isinstance(answer, str) else None
+
+
+def _reads_number(rewards: Iterable[str]) -> str:
+    """The first reward that compares with a number; "" if there is none."""
+    return next((name for name in rewards if name in NUMBER_REWARDS), "")
 
 
 def _check_prompt(row: Row, columns: Columns, kind: type, place: str) -> None:

@@ -106,9 +106,9 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _listed(value: Any, path: Path) -> list[Row]:
-    rows = value if isinstance(value, list) else [value]
+    rows = list[Any](value) if isinstance(value, list) else [value]
     number = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if number is not None or rows is not value:
+    if number is not None or not isinstance(value, list):
         where, odd = ("", value) if number is None else (f"row {number} of ", rows[number])
         raise ConfigError(f"expected one object per row, got {type(odd).__name__} in {where}{path}; see data.train")
     return rows

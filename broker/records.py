@@ -40,12 +40,12 @@ def load_records(
         tables = read_tables(source.name, evaluation=evaluation)
         if not tables:
             continue
-        columns = recognise(tables[0].rows[0], settings)
+        columns = recognise(tables[0].rows[0], settings, used)
         check_rows(tables, columns, used)
         rows = [row for table in tables for row in table.rows]
-        taken = range(len(rows)) if source.count is None else sample(len(rows), source.count, seed)
+        taken = range(len(rows)) if source.num_rows is None else sample(len(rows), source.num_rows, seed)
         found += [Record(rows[number], columns) for number in taken]
-        of = "" if source.count is None else f" of {len(rows)}"
+        of = "" if source.num_rows is None else f" of {len(rows)}"
         notes.append(f"{len(taken)}{of} {'held-out' if evaluation else 'training'} rows from {source.name}: {columns}")
     return Records(found, notes)
 

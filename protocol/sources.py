@@ -18,10 +18,10 @@ class Source(NamedTuple):
     """One file, folder or Hub name, and how many of its rows are taken (None: all)."""
 
     name: str
-    count: int | None = None
+    num_rows: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.count is None else f"{self.name}#{self.count}"
+        return self.name if self.num_rows is None else f"{self.name}#{self.num_rows}"
 
 
 def parse_sources(text: str) -> list[Source]:
@@ -55,7 +55,7 @@ def _parse(part: str, text: str) -> Source:
         return Source(part)
     sampled = _SAMPLED.fullmatch(part)
     source = Source(sampled[1], int(sampled[2])) if sampled else Source(part)
-    if not source.name or source.count == 0:
+    if not source.name or source.num_rows == 0:
         raise ConfigError(
             f"expected sources of rows with commas between them, each with #N behind it for N of its rows, got {part!r}"
             f" in {text!r}; set data.train, data.eval or warmup.data"

@@ -70,6 +70,13 @@ def test_a_missing_column_is_named_beside_those_that_are_there(settings: dict[st
         recognise({"text": "a", "label": "b"}, DataConfig(**settings))
 
 
+def test_a_reward_that_reads_an_answer_wants_a_column_for_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"answer that the reward gsm8k reads \(one of answer, .* have prompt; set data"
+    ):
+        recognise({"prompt": "p"}, DataConfig(), ("mine.py:score", "gsm8k"))
+
+
 @pytest.mark.parametrize(
     ("row", "seen"),
     [
