@@ -85,13 +85,15 @@ def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]
 
 
 def columns_for_rewards(row: Row, columns: Columns) -> Row:
-    """Every column as plain JSON; the question also under the name `prompt`, the reference under `answer`."""
-    seen = {"prompt": row[columns.prompt]} | dict(row)
+    """Every column as plain JSON, with the question as `prompt` and the reference as `answer`, of verl's rows also as
+    `ground_truth`, in the place of what the row has under these names.
+    """
+    seen = row | {"prompt": row[columns.prompt]}
     answer = _reference(row, columns)
     if answer is not row.get(columns.answer):
-        seen.setdefault("ground_truth", answer)
+        seen["ground_truth"] = answer
     if answer is not None:
-        seen.setdefault("answer", answer)
+        seen["answer"] = answer
     return dict(json.loads(json.dumps(seen, default=str)))  # parquet has dates, the Hub has images
 
 

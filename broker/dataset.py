@@ -75,7 +75,7 @@ def _read_file(path: Path) -> list[Row]:
             return list(pyarrow.parquet.read_table(path).to_pylist())
     except (ValueError, OSError, NotImplementedError, csv.Error) as error:  # pyarrow's errors are of these kinds
         hint = "; rows with a line each belong into a .jsonl file" if str(error).startswith("Extra data") else ""
-        raise ConfigError(f"cannot read {path}: {error}{hint}; mend or remove that file, or set data.train") from None
+        raise ConfigError(f"cannot read {path}: {error}{hint}; mend or remove that file, or name another") from None
     raise ConfigError(f"expected a file that ends in {', '.join(SUFFIXES)}, got {path}; set data.train")
 
 
@@ -132,4 +132,6 @@ def _from_hub(source: str, evaluation: bool) -> list[Table]:
             f"be reached, got {source} ({type(error).__name__}); without network give a folder of .jsonl or .parquet "
             "files with --dataset"
         ) from None
+    if split is None and not evaluation:
+        raise ConfigError(f"expected a train split in {source}, it has {', '.join(splits)}; set data.train")
     return [Table(f"{source}, split {split}", rows)]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from broker.columns import columns_for_rewards, demonstration, messages_of
-from broker.records import Record, Records, load_records
+from broker.records import Record, load_records
 from broker.tokenizer import ChatTokenizer
 from protocol.codec import can_travel
 from protocol.config import Config
@@ -49,14 +49,15 @@ class PromptSource:
         self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
         self._rewards = [function.use for function in config.rewards.functions]
         self._warmup_data = config.warmup.data
-        records, self.notes = self._load(config.data.train, self._rewards)
-        self._records = records[: config.data.max_rows] if config.data.max_rows else records
+        self.notes: list[str] = []  # which rows the run reads, and which of their columns is what
+        self._records = self._load(config.data.train, self._rewards, "training")
+        if 0 < config.data.max_rows < len(self._records):
+            self._records = self._records[: config.data.max_rows]
+            self._note(f"training: the first {len(self._records)} of them, as data.max_rows says")
         self._system = _text_or_file(config.data.system)
         self._cached = lru_cache(CACHED_PROMPTS)(self._make)
         self._check_first_rows()
         self.evaluation = self._held_out(config) if config.evaluation.every else []
-        for note in self.notes:
-            log.info("%s", note)
 
     @property
     def num_rows(self) -> int:
@@ -71,15 +72,23 @@ class PromptSource:
 
     def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
         """(prompt, answer) tokens of every row for the warm start that has a plain text answer and fits."""
-        records = self._load(self._warmup_data, ())[0] if self._warmup_data else self._records
+        records = self._load(self._warmup_data, (), "warm start") if self._warmup_data else self._records
         for record in records:
             answer = demonstration(*record)
             tokens = self._tokenize(record)
             if answer is not None and len(tokens) <= self._settings.max_prompt_tokens:
                 yield tokens, self._tokenizer.encode_answer(answer)
 
-    def _load(self, sources: str, rewards: Sequence[str]) -> Records:
-        return load_records(parse_sources(sources), self._settings, rewards, evaluation=False, seed=self._seed)
+    def _load(self, text: str, rewards: Sequence[str], use: str) -> list[Record]:
+        sources = parse_sources(text)
+        records, notes = load_records(sources, self._settings, rewards, evaluation=False, seed=self._seed)
+        self._note(*(f"{use}: {note}" for note in notes))
+        return records
+
+    def _note(self, *notes: str) -> None:
+        self.notes += notes
+        for note in notes:
+            log.info("%s", note)
 
     def _make(self, number: int) -> Prompt | Unusable:
         row_number = self._row_at(number)
@@ -126,8 +135,9 @@ class PromptSource:
                 found.append(prompt)
             else:
                 num_unusable += 1
-        left_out = f", {num_unusable} left out: longer than {self._settings.max_prompt_tokens} tokens, or too large"
-        self.notes += [*notes, f"{len(found)} held-out prompts{left_out if num_unusable else ''}"]
+        left_out = f"; {num_unusable} longer than {self._settings.max_prompt_tokens} tokens or too large, and left out"
+        self._note(*(f"held out: {note}" for note in notes))
+        self._note(f"held out: {len(found)} prompts{left_out if num_unusable else ''}")
         if not found:
             raise ConfigError(
                 f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "

@@ -46,7 +46,7 @@ def load_records(
         taken = range(len(rows)) if source.num_rows is None else sample(len(rows), source.num_rows, seed)
         found += [Record(rows[number], columns) for number in taken]
         of = "" if source.num_rows is None else f" of {len(rows)}"
-        notes.append(f"{len(taken)}{of} {'held-out' if evaluation else 'training'} rows from {source.name}: {columns}")
+        notes.append(f"{len(taken)}{of} rows from {source.name}: {columns}")
     return Records(found, notes)
 
 

@@ -103,7 +103,7 @@ def test_the_first_ctrl_c_ends_in_order_and_leaves_a_checkpoint(finished: Finish
 
 
 def test_which_columns_the_run_reads_is_said_at_every_start(finished: Finished, task: Path) -> None:
-    said = f"training rows from {task / 'data'}: prompt <- question, answer <- answer (GSM8K's columns)"
+    said = f" rows from {task / 'data'}: prompt <- question, answer <- answer (GSM8K's columns)"
     assert [text.count(said) for text in (finished.drained, finished.left, finished.said)] == [1, 1, 1]
 
 

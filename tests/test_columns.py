@@ -149,6 +149,15 @@ def test_the_ground_truth_of_verl_is_also_the_answer() -> None:
     assert (seen["data_source"], seen["extra_info"]) == ("openai/gsm8k", VERL["extra_info"])
 
 
+def test_rewards_see_the_prompt_and_the_reference_that_the_settings_name() -> None:
+    row = {"prompt": "other", "answer": "other", "task": "asked", "gold": "wanted"}
+    seen = columns_for_rewards(row, Columns("task", "gold"))
+    assert seen == {"prompt": "asked", "answer": "wanted", "task": "asked", "gold": "wanted"}
+    verl = VERL | {"answer": "other", "ground_truth": "other"}
+    seen = columns_for_rewards(verl, recognise(verl, DataConfig()))
+    assert seen["answer"] == seen["ground_truth"] == "72"
+
+
 def test_what_json_cannot_say_reaches_rewards_as_text() -> None:
     day = datetime.date(2024, 2, 29)
     assert columns_for_rewards({"question": "a", "day": day}, Columns("question", ""))["day"] == "2024-02-29"

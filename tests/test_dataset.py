@@ -17,6 +17,7 @@ import pytest
 from broker.dataset import Row, read_tables
 from protocol.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(5)]
 
 
@@ -78,7 +79,7 @@ def test_a_folder_without_a_held_out_file_has_no_evaluation_rows(tmp_path: Path)
         ("rows.csv", "question,question\na,1\n", "two columns are called 'question'"),
         ("rows.csv", "question\n" + "a" * 200_000, "cannot read .*field larger than field limit"),
         ("rows.csv", 'question\n"a', "cannot read .*unexpected end of data"),
-        ("rows.parquet", "not parquet", "cannot read .*; mend or remove that file, or set data.train"),
+        ("rows.parquet", "not parquet", "cannot read .*; mend or remove that file, or name another"),
         ("rows.txt", "a", "ends in .jsonl, .json, .parquet, .csv"),
     ],
 )
@@ -101,6 +102,29 @@ def test_a_name_that_the_hub_cannot_give_says_what_to_do_without_network(tmp_pat
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "ConfigError" in ended.stderr
     assert "without network give a folder of .jsonl or .parquet files" in ended.stderr
+
+
+def test_of_a_dataset_of_the_hub_the_wanted_split_is_read(tmp_path: Path) -> None:
+    """The library itself, over a folder that lies here as a dataset lies on the Hub."""
+    for subset in ("main", "other"):
+        write(tmp_path / "named" / subset / "train.jsonl", ROWS[:3])
+        write(tmp_path / "named" / subset / "test.jsonl", ROWS[3:] if subset == "main" else ROWS[:1])
+    write(tmp_path / "held" / "test.jsonl", ROWS[:1])
+    subsets = [{"config_name": name, "data_dir": name} for name in ("other", "main")]
+    (tmp_path / "named" / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n")
+    code = (
+        "from broker.dataset import _from_hub\n"
+        "for evaluation in (False, True): print([len(t.rows) for t in _from_hub('named', evaluation)])\n"
+        "print(_from_hub('named:other', True)[0].place)\n"
+        "_from_hub('held', False)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout.splitlines() == ["[3]", "[2]", "named:other, split test"], ended.stderr
+    assert "ConfigError: expected a train split in held, it has test; set data.train" in ended.stderr
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:

@@ -187,11 +187,19 @@ def test_what_is_read_is_said_with_held_out_prompts_that_are_too_long(model: Pat
     columns = "prompt <- question, answer <- answer (GSM8K's columns)"
     source = PromptSource(config, ChatTokenizer(model))
     assert source.notes == [
-        f"3 of 7 training rows from {tmp_path}: {columns}",
-        f"4 held-out rows from {tmp_path}: {columns}",
-        "3 held-out prompts, 1 left out: longer than 20 tokens, or too large",
+        f"training: 3 of 7 rows from {tmp_path}: {columns}",
+        f"held out: 4 rows from {tmp_path}: {columns}",
+        "held out: 3 prompts; 1 longer than 20 tokens or too large, and left out",
     ]
     assert source.num_rows == 3
+    fewer = config_for(tmp_path, {"max_rows": 2}, evaluation={"every": 0}, warmup={"data": str(tmp_path)})
+    source = PromptSource(fewer, ChatTokenizer(model))
+    assert len(list(source.supervised())) == 7
+    assert source.notes == [
+        f"training: 7 rows from {tmp_path}: {columns}",
+        "training: the first 2 of them, as data.max_rows says",
+        f"warm start: 7 rows from {tmp_path}: {columns}",
+    ]
 
 
 def test_held_out_rows_that_are_drawn_are_the_same_for_every_seed(model: Path, tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_sources_of_different_conventions_are_read_together_and_each_is_said(tmp
     assert [record.columns.prompt for record in records] == ["question"] * 4 + ["prompt"] * 2
     assert [record.row["prompt"] for record in records[4:]] == [chat, chat]
     assert notes == [
-        f"4 of 6 training rows from {plain}: prompt <- question, answer <- answer (GSM8K's columns)",
-        f"2 of 1 training rows from {other}: prompt <- prompt, answer <- reward_model.ground_truth (verl's columns)",
+        f"4 of 6 rows from {plain}: prompt <- question, answer <- answer (GSM8K's columns)",
+        f"2 of 1 rows from {other}: prompt <- prompt, answer <- reward_model.ground_truth (verl's columns)",
     ]
 
 
@@ -117,4 +117,4 @@ def test_held_out_rows_come_from_the_sources_that_have_some(tmp_path: Path) -> N
     write(tmp_path / "b" / "test.jsonl", [{"question": "held out", "answer": "1"}])
     records, notes = load(f"{tmp_path / 'a'},{tmp_path / 'b'}", evaluation=True)
     assert [record.row["question"] for record in records] == ["held out"]
-    assert [note.split(":")[0] for note in notes] == [f"1 held-out rows from {tmp_path / 'b'}"]
+    assert [note.split(":")[0] for note in notes] == [f"1 rows from {tmp_path / 'b'}"]
