@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from broker.dataset import Columns, Row, check_prompts, columns_for_rewards, load_rows, recognise
+from broker.columns import columns_for_rewards, demonstration, messages_of
+from broker.records import Record, load_records
 from broker.tokenizer import ChatTokenizer
 from protocol.codec import can_travel
 from protocol.config import Config
 from protocol.errors import ConfigError
+from protocol.sources import Source, parse_sources
 from protocol.types import Prompt, Tokens
 
 log = logging.getLogger("tether.prompts")
@@ -29,6 +31,7 @@ log = logging.getLogger("tether.prompts")
 LOOKED_AT = 64  # first rows that are tokenised at the start, so that a dataset that cannot work is refused at once
 CACHED_PROMPTS = 4096
 MAX_COLUMNS_CHARACTERS = 256 << 10  # of a row as JSON: it travels with every lease of its prompt
+TEXT_SUFFIXES = (".txt", ".md")  # a system message of one word that ends so is the name of a file
 TOO_LONG, TOO_LARGE, UNSENDABLE = "prompt_too_long", "row_too_large", "row_unsendable"
 
 
@@ -44,27 +47,21 @@ class PromptSource:
 
     def __init__(self, config: Config, tokenizer: ChatTokenizer) -> None:
         self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
+        self._rewards = [function.use for function in config.rewards.functions]
         self._warmup_data = config.warmup.data
-        rows = load_rows(config.data.train, evaluation=False)
-        self._rows = rows[: config.data.max_rows] if config.data.max_rows else rows
-        self._columns = recognise(self._rows[0], config.data)
-        check_prompts(self._rows, self._columns, config.data.train)
+        self.notes: list[str] = []  # which rows the run reads, and which of their columns is what
+        self._records = self._load(config.data.train, self._rewards, "training")
+        if 0 < config.data.max_rows < len(self._records):
+            self._records = self._records[: config.data.max_rows]
+            self._note(f"training: the first {len(self._records)} of them, as data.max_rows says")
         self._system = _text_or_file(config.data.system)
         self._cached = lru_cache(CACHED_PROMPTS)(self._make)
         self._check_first_rows()
         self.evaluation = self._held_out(config) if config.evaluation.every else []
-        log.info(
-            "%d rows from %s: prompt <- %s, answer <- %s; %d held-out prompts",
-            len(self._rows),
-            config.data.train,
-            self._columns.prompt,
-            self._columns.answer or "none",
-            len(self.evaluation),
-        )
 
     @property
     def num_rows(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def prompt(self, number: int) -> Prompt | Unusable:
         """Position `number` of the stream."""
@@ -75,24 +72,33 @@ class PromptSource:
 
     def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
         """(prompt, answer) tokens of every row for the warm start that has a plain text answer and fits."""
-        rows = load_rows(self._warmup_data, evaluation=False) if self._warmup_data else self._rows
-        columns = recognise(rows[0], self._settings) if self._warmup_data else self._columns
-        check_prompts(rows, columns, self._warmup_data or self._settings.train)
-        for row in rows:
-            answer = row.get(columns.answer)
-            tokens = self._tokenize(row, columns)
-            if isinstance(answer, str) and len(tokens) <= self._settings.max_prompt_tokens:
+        records = self._load(self._warmup_data, (), "warm start") if self._warmup_data else self._records
+        for record in records:
+            answer = demonstration(*record)
+            tokens = self._tokenize(record)
+            if answer is not None and len(tokens) <= self._settings.max_prompt_tokens:
                 yield tokens, self._tokenizer.encode_answer(answer)
+
+    def _load(self, text: str, rewards: Sequence[str], use: str) -> list[Record]:
+        sources = parse_sources(text)
+        records, notes = load_records(sources, self._settings, rewards, evaluation=False, seed=self._seed)
+        self._note(*(f"{use}: {note}" for note in notes))
+        return records
+
+    def _note(self, *notes: str) -> None:
+        self.notes += notes
+        for note in notes:
+            log.info("%s", note)
 
     def _make(self, number: int) -> Prompt | Unusable:
         row_number = self._row_at(number)
-        return self._prompt(number, row_number, self._rows[row_number], self._columns)
+        return self._prompt(number, row_number, self._records[row_number])
 
-    def _prompt(self, number: int, row_number: int, row: Row, columns: Columns) -> Prompt | Unusable:
-        tokens = self._tokenize(row, columns)
+    def _prompt(self, number: int, row_number: int, record: Record) -> Prompt | Unusable:
+        tokens = self._tokenize(record)
         if len(tokens) > self._settings.max_prompt_tokens:
             return Unusable(number, TOO_LONG)
-        seen = columns_for_rewards(row, columns)
+        seen = columns_for_rewards(*record)
         if len(json.dumps(seen)) > MAX_COLUMNS_CHARACTERS:
             return Unusable(number, TOO_LARGE)
         if not can_travel(seen):
@@ -100,36 +106,38 @@ class PromptSource:
         return Prompt(number, row_number, tokens, seen)
 
     def _row_at(self, number: int) -> int:
-        turn, place = divmod(number, len(self._rows))
-        return int(_permutation(self._seed, turn, len(self._rows))[place]) if self._settings.shuffle else place
+        turn, place = divmod(number, self.num_rows)
+        return int(_permutation(self._seed, turn, self.num_rows)[place]) if self._settings.shuffle else place
 
-    def _tokenize(self, row: Row, columns: Columns) -> Tokens:
-        prompt = row[columns.prompt]
-        if isinstance(prompt, str):
-            text = prompt + self._settings.suffix
-            if not self._tokenizer.has_chat_template:
-                return self._tokenizer.encode(f"{self._system}\n{text}" if self._system else text)
-            messages: list[Mapping[str, Any]] = [{"role": "user", "content": text}]
-        else:
-            messages = list(prompt[:-1]) if prompt[-1].get("role") == "assistant" else list(prompt)
-        if self._system and messages[0].get("role") != "system":
-            messages.insert(0, {"role": "system", "content": self._system})
+    def _tokenize(self, record: Record) -> Tokens:
+        messages = messages_of(*record, self._system, self._settings.suffix)
+        if isinstance(record.row[record.columns.prompt], str) and not self._tokenizer.has_chat_template:
+            return self._tokenizer.encode("\n".join(str(message["content"]) for message in messages))
         return self._tokenizer.encode_chat(messages)
 
     def _held_out(self, config: Config) -> list[Prompt]:
-        """The first prompts that fit, numbered by their place here. A single training file holds nothing out."""
+        """The first prompts that fit, numbered by their place here. A training file holds nothing out.
+
+        Which rows are drawn of a source does not depend on the run's seed, so that runs can be compared.
+        """
         source = config.data.eval or config.data.train
-        held_out = config.data.eval or not Path(source).is_file()
-        rows = load_rows(source, evaluation=True) if held_out else []
-        columns = recognise(rows[0], config.data) if rows else self._columns
-        check_prompts(rows, columns, source)
+        sources = parse_sources(source)
+        if not config.data.eval:  # how many of the rows to train on says nothing about the others
+            sources = [Source(name) for name, _ in sources if not Path(name).is_file()]
+        records, notes = load_records(sources, self._settings, self._rewards, evaluation=True, seed=0)
         found: list[Prompt] = []
-        for number, row in enumerate(rows):
-            prompt = self._prompt(len(found), number, row, columns)
-            if isinstance(prompt, Prompt):
-                found.append(prompt)
+        num_unusable = 0
+        for number, record in enumerate(records):
             if len(found) == config.evaluation.max_prompts:
                 break
+            prompt = self._prompt(len(found), number, record)
+            if isinstance(prompt, Prompt):
+                found.append(prompt)
+            else:
+                num_unusable += 1
+        left_out = f"; {num_unusable} longer than {self._settings.max_prompt_tokens} tokens or too large, and left out"
+        self._note(*(f"held out: {note}" for note in notes))
+        self._note(f"held out: {len(found)} prompts{left_out if num_unusable else ''}")
         if not found:
             raise ConfigError(
                 f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "
@@ -139,7 +147,7 @@ class PromptSource:
         return found
 
     def _check_first_rows(self) -> None:
-        lengths = [len(self._tokenize(row, self._columns)) for row in self._rows[:LOOKED_AT]]
+        lengths = [len(self._tokenize(record)) for record in self._records[:LOOKED_AT]]
         if min(lengths) > self._settings.max_prompt_tokens:
             raise ConfigError(
                 f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, "
@@ -155,4 +163,9 @@ def _permutation(seed: int, turn: int, size: int) -> np.ndarray:
 
 
 def _text_or_file(value: str) -> str:
-    return Path(value).read_text(encoding="utf-8").strip() if os.path.isfile(value) else value
+    """Raises ConfigError for a text that was meant as a file's name."""
+    if os.path.isfile(value):
+        return Path(value).read_text(encoding="utf-8").strip()
+    if value.endswith(TEXT_SUFFIXES) and not any(character.isspace() for character in value):
+        raise ConfigError(f"expected a text file at {value}, there is none; set data.system to a file or to a text")
+    return value

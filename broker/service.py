@@ -166,6 +166,7 @@ class Service:
             "next": scheduler.next_step if scheduler else 0,
             "training_step": scheduler.training if scheduler and scheduler.training is not None else -1,
             "num_steps": run.num_steps,
+            "data": run.source.notes,
             "progress_s": round(now - run.progress_at, 1) if run.progress_at else 0.0,
             "ledger": scheduler.ledger.counts() if scheduler else {},
             "scheduler": describe(scheduler, now) if scheduler else {},

@@ -40,6 +40,7 @@ from protocol.errors import ConfigError, Exit, TetherError
 from protocol.rewards import check_rewards
 from protocol.setting_names import known_keys, nearest
 from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
+from protocol.sources import absolute_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = "gsm8k"
@@ -169,12 +170,16 @@ def find_recipe(name: str) -> Path:
 
 def _absolute(settings: Settings) -> Settings:
     """The same, with files named from the root: the run may be continued from another folder."""
-    keys = ("model.path", "critic.path", "data.train", "data.eval", "data.system", "warmup.data")
+    keys = ("model.path", "critic.path", "data.system")
     values = [
         value._replace(value=str(Path(value.value).resolve()))
         for value in settings.values.values()
         if value.key in keys and os.path.exists(value.value)  # of a text too long for a name too
     ]
+    data, warmup = settings.config.data, settings.config.warmup
+    for key, text in (("data.train", data.train), ("data.eval", data.eval), ("warmup.data", warmup.data)):
+        if text and key in settings.values:
+            values.append(settings.values[key]._replace(value=absolute_sources(text)))
     if "rewards.functions" in settings.values:
         functions = [function.model_dump() for function in settings.config.rewards.functions]
         for function in functions:

@@ -45,7 +45,7 @@ class Console:
         self._tokens: dict[str, tuple[float, float]] = {}  # by generator: (when, tokens so far)
         self._waits: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=RECENT_ANSWERS))
         self._met: set[str] = set()
-        self._printed_steps = self._printed_evaluations = self._printed_warmup = 0
+        self._printed_steps = self._printed_evaluations = self._printed_warmup = self._printed_notes = 0
         self._last_line_at = self._last_step_at = time.monotonic()
         self._history.read()  # what an earlier attempt has written is not news
         self._skip_printed()
@@ -77,6 +77,9 @@ class Console:
 
     def update(self, processes: Sequence[Seen]) -> None:
         self._history.read()
+        for note in self._status.get("data", ())[self._printed_notes :]:  # which rows and columns the run reads
+            self.tell(note)
+            self._printed_notes += 1
         picture = self._picture(processes)
         if self._live:
             self._live.update(frame(picture), refresh=True)

@@ -24,7 +24,7 @@ GROUPS = {
     },
     "the task": {
         "--model": ("model.path", "M"),
-        "--dataset": ("data.train", "D"),
+        "--dataset": ("data.train", "D[#N][,D...]"),
         "--reward": ("rewards.functions", "NAME|FILE.py:NAME[:WEIGHT]"),
     },
     "the algorithm": {

@@ -8,9 +8,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from protocol.fields import MAX_RUNNING
+from protocol.sources import from_list
 from protocol.types import SamplingParams
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -18,6 +19,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Sources = Annotated[str, BeforeValidator(from_list)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -44,10 +46,10 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = "openai/gsm8k"
-    """Training rows: a .jsonl, .json, .parquet or .csv file, a folder of them, or a Hugging Face NAME[:SUBSET]."""
-    eval: str = ""
-    """Held-out rows, as `train`. Empty: the folder's or dataset's test split where it has one."""
+    train: Sources = "openai/gsm8k"
+    """Training rows: files (.jsonl, .json, .parquet, .csv), folders or Hub NAME[:SUBSET], by commas; #N: N rows."""
+    eval: Sources = ""
+    """Held-out rows, as `train`. Empty: the test split of its folders and datasets that have one."""
     prompt_column: str = ""
     """Column with the question or the chat messages. Empty: recognised by name."""
     answer_column: str = ""
@@ -190,7 +192,7 @@ class NetworkConfig(Section):
 class WarmupConfig(Section):
     steps: NonNegativeInt = 0
     """Supervised steps before reinforcement learning. 0: none."""
-    data: str = ""
+    data: Sources = ""
     """Rows whose answers are imitated, given as data.train is. Empty: the training rows."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate; it falls linearly to 0."""

@@ -102,6 +102,11 @@ def test_the_first_ctrl_c_ends_in_order_and_leaves_a_checkpoint(finished: Finish
     assert f"resuming from the checkpoint of version {finished.drained_at}" in log
 
 
+def test_which_columns_the_run_reads_is_said_at_every_start(finished: Finished, task: Path) -> None:
+    said = rf"training: \d+ rows from {task / 'data'}: prompt <- question, answer <- answer \(GSM8K's columns\)"
+    assert [len(re.findall(said, text)) for text in (finished.drained, finished.left, finished.said)] == [1, 1, 1]
+
+
 def test_the_second_ctrl_c_leaves_within_two_seconds_and_nothing_behind(finished: Finished) -> None:
     assert finished.left_within_s < 2.0
     assert not finished.survivors

@@ -220,6 +220,17 @@ def test_a_pipe_gets_each_step_and_evaluation_once(tmp_path: Path) -> None:
     ]
 
 
+def test_what_the_run_reads_is_said_once(tmp_path: Path) -> None:
+    screen = Screen(width=80, file=io.StringIO(), force_terminal=False)
+    console = Console(Config(), tmp_path, screen)
+    notes = ["7473 training rows from openai/gsm8k: prompt <- question", "256 held-out prompts"]
+    for answer in (status(), status() | {"data": notes}, {}, status() | {"data": notes}):
+        console.answered(answer)
+        console.update(SEEN)
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert [said.count(note) for note in notes] == [1, 1]
+
+
 def test_a_pipe_is_never_silent_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(width=200, file=io.StringIO(), force_terminal=False)
     console = Console(Config(), tmp_path, screen)

@@ -1,9 +1,8 @@
-"""Rows from files and folders, and which of their columns is what."""
+"""Rows as they lie in files and folders."""
 
 from __future__ import annotations
 
 import csv
-import datetime
 import json
 import os
 import subprocess
@@ -15,17 +14,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from broker.dataset import Columns, check_prompts, columns_for_rewards, load_rows, recognise
+from broker.dataset import Row, read_tables
 from protocol.errors import ConfigError
-from protocol.sections import DataConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(5)]
-VERL = {
-    "data_source": "openai/gsm8k",
-    "prompt": [{"role": "user", "content": "What is 71 + 1?"}],
-    "reward_model": {"style": "rule", "ground_truth": "72"},
-    "extra_info": {"index": 3},
-}
+
+
+def load_rows(source: str, *, evaluation: bool) -> list[Row]:
+    return [row for table in read_tables(source, evaluation=evaluation) for row in table.rows]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -73,10 +70,16 @@ def test_a_folder_without_a_held_out_file_has_no_evaluation_rows(tmp_path: Path)
     ("name", "content", "said"),
     [
         ("rows.jsonl", "", "expected at least one row"),
-        ("rows.jsonl", '{"question": "a"}\n{"question": ', "cannot read"),
-        ("rows.jsonl", '{"question": "a"}\n[1, 2]', "expected one object per row"),
-        ("rows.json", '{"question": "a"}', "expected one object per row"),
-        ("rows.parquet", "not parquet", "cannot read"),
+        ("rows.jsonl", '{"question": "a"}\n\n{"question": ', "cannot read .*: line 3 is not JSON: .* mend or remove"),
+        ("rows.jsonl", '{"question": "a"}\n[1, 2]', "expected one object per row, got list in row 1 of"),
+        ("rows.json", '{"question": "a"}', "expected one object per row, got dict in "),
+        ("rows.json", '{"question": "a"}\n{"question": "b"}', "a line each belong into a .jsonl file; mend"),
+        ("rows.csv", "question,answer\na,1\nb\n", "row 1 has other columns than the header's 2: question, answer"),
+        ("rows.csv", "question,answer\na,1,2\n", "row 0 has other columns than the header's 2"),
+        ("rows.csv", "question,question\na,1\n", "two columns are called 'question'"),
+        ("rows.csv", "question\n" + "a" * 200_000, "cannot read .*field larger than field limit"),
+        ("rows.csv", 'question\n"a', "cannot read .*unexpected end of data"),
+        ("rows.parquet", "not parquet", "cannot read .*; mend or remove that file, or name another"),
         ("rows.txt", "a", "ends in .jsonl, .json, .parquet, .csv"),
     ],
 )
@@ -93,7 +96,7 @@ def test_a_path_that_is_not_there_is_no_name_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_name_that_the_hub_cannot_give_says_what_to_do_without_network(tmp_path: Path) -> None:
-    code = "from broker.dataset import load_rows; load_rows('nobody/nothing', evaluation=False)"
+    code = "from broker.dataset import read_tables; read_tables('nobody/nothing', evaluation=False)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -101,70 +104,35 @@ def test_a_name_that_the_hub_cannot_give_says_what_to_do_without_network(tmp_pat
     assert "without network give a folder of .jsonl or .parquet files" in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("row", "columns"),
-    [
-        (ROWS[0], Columns("question", "answer")),
-        (VERL, Columns("prompt", "reward_model")),
-        ({"prompt": "p", "difficulty": 3}, Columns("prompt", "")),
-        ({"messages": [{"role": "user", "content": "p"}], "solution": "s"}, Columns("messages", "solution")),
-        ({"query": "q", "solution": "s"}, Columns("query", "solution")),
-    ],
-    ids=["gsm8k", "verl", "trl", "ms-swift messages", "ms-swift query"],
-)
-def test_conventions_are_recognised_by_their_columns(row: dict[str, Any], columns: Columns) -> None:
-    assert recognise(row, DataConfig()) == columns
+def test_of_a_dataset_of_the_hub_the_wanted_split_is_read(tmp_path: Path) -> None:
+    """The library itself, over a folder that lies here as a dataset lies on the Hub."""
+    for subset in ("main", "other"):
+        write(tmp_path / "named" / subset / "train.jsonl", ROWS[:3])
+        write(tmp_path / "named" / subset / "test.jsonl", ROWS[3:] if subset == "main" else ROWS[:1])
+    write(tmp_path / "held" / "test.jsonl", ROWS[:1])
+    subsets = [{"config_name": name, "data_dir": name} for name in ("other", "main")]
+    (tmp_path / "named" / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n")
+    code = (
+        "from broker.dataset import _from_hub\n"
+        "for evaluation in (False, True): print([len(t.rows) for t in _from_hub('named', evaluation)])\n"
+        "print(_from_hub('named:other', True)[0].place)\n"
+        "_from_hub('held', False)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout.splitlines() == ["[3]", "[2]", "named:other, split test"], ended.stderr
+    assert "ConfigError: expected a train split in held, it has test; set data.train" in ended.stderr
 
 
-def test_a_setting_overrides_what_is_recognised() -> None:
-    row = {"question": "a", "answer": "b", "task": "c", "gold": "d"}
-    assert recognise(row, DataConfig(prompt_column="task", answer_column="gold")) == Columns("task", "gold")
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("\ufeffquestion,answer\na,1\n", encoding="utf-8")
+    assert load_rows(str(tmp_path / "rows.csv"), evaluation=False) == [{"question": "a", "answer": "1"}]
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({}, r"expected a prompt column \(one of prompt, .*the rows have text, label; set data.prompt_column"),
-        ({"prompt_column": "nope"}, r"expected a prompt column \(nope\), the rows have text, label"),
-        (
-            {"prompt_column": "text", "answer_column": "nope"},
-            r"expected an answer column nope, the rows have text, label",
-        ),
-    ],
-)
-def test_a_missing_column_is_named_beside_those_that_are_there(settings: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        recognise({"text": "a", "label": "b"}, DataConfig(**settings))
-
-
-@pytest.mark.parametrize(
-    ("row", "seen"),
-    [
-        ({"answer": "b"}, "only the columns answer"),
-        ({"question": None}, "None"),
-        ({"question": ""}, "''"),
-        ({"question": 12}, "12"),
-        ({"question": ["a"]}, r"\['a'\]"),
-        ({"question": [{"role": "assistant", "content": "a"}]}, "assistant"),
-    ],
-)
-def test_a_row_without_a_prompt_is_named_before_the_run(row: dict[str, Any], seen: str) -> None:
-    with pytest.raises(ConfigError, match=f"column question of every row, row 1 of rows has .*{seen}"):
-        check_prompts([{"question": "fine"}, row], Columns("question", "answer"), "rows")
-
-
-def test_rewards_see_every_column_but_the_prompt() -> None:
-    row = ROWS[0] | {"level": 2}
-    assert columns_for_rewards(row, Columns("question", "answer")) == {**row, "prompt": row["question"]}
-
-
-def test_the_ground_truth_of_verl_is_also_the_answer() -> None:
-    seen = columns_for_rewards(VERL, Columns("prompt", "reward_model"))
-    assert seen["answer"] == seen["ground_truth"] == "72"
-    assert seen["reward_model"] == VERL["reward_model"]
-    assert (seen["data_source"], seen["extra_info"]) == ("openai/gsm8k", {"index": 3})
-
-
-def test_what_json_cannot_say_reaches_rewards_as_text() -> None:
-    day = datetime.date(2024, 2, 29)
-    assert columns_for_rewards({"question": "a", "day": day}, Columns("question", ""))["day"] == "2024-02-29"
+def test_rows_are_told_apart_by_their_file(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"train-{n}.jsonl", ROWS[n : n + 1]) for n in range(2)]
+    (tmp_path / "train-2.jsonl").touch()
+    assert read_tables(str(tmp_path), evaluation=False) == [(str(file), [ROWS[n]]) for n, file in enumerate(files)]

@@ -180,6 +180,46 @@ def test_held_out_prompts_keep_their_order_and_their_own_numbers(model: Path, tm
     ]
 
 
+def test_what_is_read_is_said_with_held_out_prompts_that_are_too_long(model: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, {"train": f"{tmp_path}#3", "max_prompt_tokens": 20})
+    with open(tmp_path / "test.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"question": "1 " * 40, "answer": "#### 1"}))
+    columns = "prompt <- question, answer <- answer (GSM8K's columns)"
+    source = PromptSource(config, ChatTokenizer(model))
+    assert source.notes == [
+        f"training: 3 of 7 rows from {tmp_path}: {columns}",
+        f"held out: 4 rows from {tmp_path}: {columns}",
+        "held out: 3 prompts; 1 longer than 20 tokens or too large, and left out",
+    ]
+    assert source.num_rows == 3
+    fewer = config_for(tmp_path, {"max_rows": 2}, evaluation={"every": 0}, warmup={"data": str(tmp_path)})
+    source = PromptSource(fewer, ChatTokenizer(model))
+    assert len(list(source.supervised())) == 7
+    assert source.notes == [
+        f"training: 7 rows from {tmp_path}: {columns}",
+        "training: the first 2 of them, as data.max_rows says",
+        f"warm start: 7 rows from {tmp_path}: {columns}",
+    ]
+
+
+def test_held_out_rows_that_are_drawn_are_the_same_for_every_seed(model: Path, tmp_path: Path) -> None:
+    def drawn(seed: int) -> tuple[list[int], list[int]]:
+        data = {"train": f"{tmp_path}#4", "eval": f"{tmp_path / 'train.jsonl'}#3", "shuffle": False}
+        source = PromptSource(config_for(tmp_path, data, run={"seed": seed}), ChatTokenizer(model))
+        training = [prompt for prompt in map(source.prompt, range(4)) if isinstance(prompt, Prompt)]
+        return [p.columns["level"] for p in training], [p.columns["level"] for p in source.evaluation]
+
+    training, held_out = zip(*map(drawn, range(8)), strict=True)
+    assert len(set(map(tuple, held_out))) == 1
+    assert len(set(map(tuple, training))) > 1
+
+
+def test_a_system_message_that_names_a_file_which_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "prompt.txt")
+    with pytest.raises(ConfigError, match=f"expected a text file at {missing}, there is none; set data.system"):
+        PromptSource(config_for(tmp_path, {"system": missing}), ChatTokenizer(model))
+
+
 def test_a_file_of_training_rows_is_not_its_own_held_out_set(model: Path, tmp_path: Path) -> None:
     config_for(tmp_path)
     train = str(tmp_path / "train.jsonl")

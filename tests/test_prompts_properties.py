@@ -35,30 +35,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source_of(
-    folder: Path, tokenizer: ChatTokenizer, rows: list[dict[str, Any]], seed: int, shuffle: bool
+    folder: Path, tokenizer: ChatTokenizer, rows: list[dict[str, Any]], seed: int, shuffle: bool, taken: int
 ) -> PromptSource:
+    """Over so many of the rows."""
     file = folder / "train.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    settings = {"run": {"seed": seed}, "evaluation": {"every": 0}}
-    return PromptSource(Config.model_validate({"data": {"train": str(file), "shuffle": shuffle}} | settings), tokenizer)
+    settings = {"data": {"train": f"{file}#{taken}", "shuffle": shuffle}, "rewards": {"functions": [{"use": "r.py:r"}]}}
+    more = {"run": {"seed": seed}, "evaluation": {"every": 0}}
+    return PromptSource(Config.model_validate(settings | more), tokenizer)
 
 
 @settings(max_examples=40)
 @given(
     num_rows=st.integers(1, 7),
+    taken=st.integers(1, 11),
     seed=st.integers(0, 1 << 40),
     shuffle=st.booleans(),
     lives=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
 )
 def test_a_stream_that_is_resumed_anywhere_is_the_stream_that_was_never_interrupted(
-    folder: Path, tokenizer: ChatTokenizer, num_rows: int, seed: int, shuffle: bool, lives: list[tuple[int, int]]
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    num_rows: int,
+    taken: int,
+    seed: int,
+    shuffle: bool,
+    lives: list[tuple[int, int]],
 ) -> None:
     """Each life trains so many prompts and then offers so many more that its death takes back."""
     rows = [{"question": f"What is {n} + 1?"} for n in range(num_rows)]
     checkpoint = Ledger().snapshot()
     trained: list[tuple[int, int]] = []
     for num_trained, num_lost in lives:
-        ledger, source = Ledger.restore(checkpoint), source_of(folder, tokenizer, rows, seed, shuffle)
+        ledger, source = Ledger.restore(checkpoint), source_of(folder, tokenizer, rows, seed, shuffle, taken)
         for place in range(num_trained + num_lost):
             number = ledger.queue[0] if ledger.queue else ledger.offered
             if ledger.queue:
@@ -71,13 +80,13 @@ def test_a_stream_that_is_resumed_anywhere_is_the_stream_that_was_never_interrup
                 ledger.train([number])
                 trained.append((number, prompt.row))
                 checkpoint = ledger.snapshot()
-    whole = source_of(folder, tokenizer, rows, seed, shuffle)
+    whole = source_of(folder, tokenizer, rows, seed, shuffle, taken)
     uninterrupted = [whole.prompt(number) for number in range(len(trained))]
     assert trained == [(prompt.number, prompt.row) for prompt in uninterrupted if isinstance(prompt, Prompt)]
-    for start in range(0, len(trained) - num_rows + 1, num_rows):
-        in_this_pass = [row for _, row in trained[start : start + num_rows]]
-        assert sorted(in_this_pass) == list(range(num_rows))
-        assert shuffle or in_this_pass == list(range(num_rows))
+    for start in range(0, len(trained) - taken + 1, taken):
+        in_this_pass = [row for _, row in trained[start : start + taken]]
+        assert sorted(in_this_pass) == list(range(taken))
+        assert shuffle or in_this_pass == list(range(taken))
 
 
 ODD_TEXT = st.text(st.sampled_from("a1é \U0001f600\u2028\ud800\udfff"), max_size=5)
@@ -108,7 +117,7 @@ def test_a_row_reaches_the_generator_as_it_is_or_is_said_to_be_unusable(
 ) -> None:
     """One odd row in a dataset stops no run."""
     rows = [{"question": "What is 1 + 1?"}, {"question": question, "extra": extra}]
-    prompt = source_of(folder, tokenizer, rows, seed=0, shuffle=False).prompt(1)
+    prompt = source_of(folder, tokenizer, rows, seed=0, shuffle=False, taken=2).prompt(1)
     if not fits([question, extra]):
         assert prompt == Unusable(1, UNSENDABLE)
         return

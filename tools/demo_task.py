@@ -21,6 +21,7 @@ if __package__ in (None, ""):
     use_own_python()
 
 from protocol.errors import TetherError
+from protocol.sources import parse_sources
 from tools.tiny_model import Shape, train_tokenizer, write_model
 from tools.word_problems import demonstrations, split
 
@@ -63,10 +64,10 @@ def write_problems(folder: Path, seed: int) -> list[str]:
 
 def rows_as_text(data: str) -> list[str]:
     """All text columns of the rows. Raises ConfigError if there are none to read."""
-    from broker.dataset import load_rows
+    from broker.dataset import read_tables
 
-    rows = load_rows(data, evaluation=False)
-    return [value for row in rows for value in row.values() if isinstance(value, str)]
+    tables = [table for source in parse_sources(data) for table in read_tables(source.name, evaluation=False)]
+    return [value for table in tables for row in table.rows for value in row.values() if isinstance(value, str)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""Which column of a row is what: the prompt, the reference answer, the system message; and rows that lack them.
+
+Runs in the broker; pure. Four conventions are recognised by their column names: GSM8K's (question, answer), verl's
+(prompt, reward_model), TRL's (prompt and anything else) and ms-swift's (messages or query, solution, system); settings
+override them. That bad data is told by file, row and column before the run rests on `check_rows`. Rewards see every
+column of a row. Rows are counted from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from broker.dataset import Row, Table
+from protocol.errors import ConfigError
+from protocol.sections import DataConfig
+
+PROMPT_COLUMNS = ("prompt", "messages", "question", "query", "problem", "instruction")
+ANSWER_COLUMNS = ("answer", "solution", "reward_model", "ground_truth", "response", "target")
+ID_COLUMN = "id"
+NUMBER_REWARDS = ("gsm8k", "gsm8k_flexible")  # rewards that compare with the number after ####
+_MARKED = re.compile(r"#### -?[0-9.,]+")
+_NUMBER = re.compile(r"\s*-?[0-9.,]+\s*")
+
+
+class Columns(NamedTuple):
+    """Which column holds the prompt, which the reference answer and which the system message ("" if there is none)."""
+
+    prompt: str
+    answer: str
+    system: str = ""
+    convention: str = ""  # whose names they are
+
+    def __str__(self) -> str:
+        answer = "reward_model.ground_truth" if self.answer == "reward_model" else self.answer or "none"
+        system = f", system <- {self.system}" if self.system else ""
+        return f"prompt <- {self.prompt}, answer <- {answer}{system} ({self.convention})"
+
+
+def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Columns:
+    """Which columns of rows like this one are what.
+
+    Raises ConfigError naming the columns that are there, if one is missing that is set or that a reward reads.
+    """
+    prompt = settings.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), "")
+    answer = settings.answer_column or next((name for name in ANSWER_COLUMNS if name in row), "")
+    if _is_verl(row) and not settings.answer_column:
+        answer = "reward_model"
+    if prompt not in row:
+        wanted = prompt or f"one of {', '.join(PROMPT_COLUMNS)}"
+        raise ConfigError(f"expected a prompt column ({wanted}), the rows have {_names(row)}; set data.prompt_column")
+    if settings.answer_column and answer not in row:
+        raise ConfigError(f"expected an answer column {answer}, the rows have {_names(row)}; set data.answer_column")
+    if not answer and (reward := _reads_number(rewards)):
+        raise ConfigError(
+            f"expected a column with the answer that the reward {reward} reads (one of {', '.join(ANSWER_COLUMNS)}), "
+            f"the rows have {_names(row)}; set data.answer_column, or take another reward with --reward"
+        )
+    system = "system" if prompt == "query" and "system" in row else ""
+    return Columns(prompt, answer, system, _convention(row, prompt, answer, settings))
+
+
+def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]) -> None:
+    """Raises ConfigError naming the first row that lacks what the run will read, or repeats another row's id.
+
+    `rewards`: their names, because some read the answer in a form of their own.
+    """
+    needs_number = _reads_number(rewards)
+    first = tables[0].rows[0].get(columns.prompt) if tables else None
+    ids: dict[str, str] = {}
+    for table in tables:
+        for number, row in enumerate(table.rows):
+            place = f"row {number} of {table.place}"
+            _check_prompt(row, columns, type(first), place)
+            _check_answer(row, columns, needs_number, place)
+            if row.get(ID_COLUMN) is not None:
+                before = ids.setdefault(repr(row[ID_COLUMN]), place)
+                if before != place:
+                    raise ConfigError(
+                        f"expected another {ID_COLUMN} in every row, {before} and {place} both have "
+                        f"{row[ID_COLUMN]!r}; remove one of them, or give the column {ID_COLUMN} another name"
+                    )
+
+
+def columns_for_rewards(row: Row, columns: Columns) -> Row:
+    """Every column as plain JSON, with the question as `prompt` and the reference as `answer`, of verl's rows also as
+    `ground_truth`, in the place of what the row has under these names.
+    """
+    seen = row | {"prompt": row[columns.prompt]}
+    answer = _reference(row, columns)
+    if answer is not row.get(columns.answer):
+        seen["ground_truth"] = answer
+    if answer is not None:
+        seen["answer"] = answer
+    return dict(json.loads(json.dumps(seen, default=str)))  # parquet has dates, the Hub has images
+
+
+def messages_of(row: Row, columns: Columns, system: str, suffix: str) -> list[Mapping[str, Any]]:
+    """The conversation up to where the model answers. A row's own system message goes before the run's."""
+    prompt = row[columns.prompt]
+    if isinstance(prompt, str):
+        messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt + suffix}]
+    else:
+        messages = list(prompt[:-1]) if prompt[-1]["role"] == "assistant" else list(prompt)
+    system = row.get(columns.system) or system
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def demonstration(row: Row, columns: Columns) -> str | None:
+    """What a warm start imitates: the chat's last answer, verl's worked answer, else the reference; None if no text."""
+    prompt, details = row[columns.prompt], row.get("extra_info")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        answer = prompt[-1].get("content")
+    elif _is_verl(row) and isinstance(details, dict):
+        answer = details.get("answer")
+    else:
+        answer = row.get(columns.answer)
+    return answer if isinstance(answer, str) else None
+
+
+def _reads_number(rewards: Iterable[str]) -> str:
+    """The first reward that compares with a number; "" if there is none."""
+    return next((name for name in rewards if name in NUMBER_REWARDS), "")
+
+
+def _check_prompt(row: Row, columns: Columns, kind: type, place: str) -> None:
+    prompt = row.get(columns.prompt)
+    if not prompt or not (isinstance(prompt, str) or _are_messages(prompt)):
+        seen = repr(prompt)[:60] if columns.prompt in row else f"only the columns {_names(row)}"
+        raise ConfigError(
+            f"expected text or chat messages in column {columns.prompt} of every row, {place} has {seen}; remove that "
+            "row, or set data.prompt_column"
+        )
+    if not isinstance(prompt, kind):
+        raise ConfigError(
+            f"expected all rows of a source alike, column {columns.prompt} has {_kind(prompt)} in {place} and "
+            f"{'text' if kind is str else 'chat messages'} in the first row; write both in one form, or name them as "
+            "two sources"
+        )
+
+
+def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> None:
+    if columns.answer and columns.answer not in row:
+        raise ConfigError(
+            f"expected all rows of a source alike, with the answer in column {columns.answer}, {place} has only the "
+            f"columns {_names(row)}; add it, name the rows as two sources, or set data.answer_column"
+        )
+    answer = _reference(row, columns)
+    has_number = isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
+    if needs_number and columns.answer and not has_number:
+        raise ConfigError(
+            f'the reward {needs_number} reads a number after "#### ", or a text that is nothing else, column '
+            f"{columns.answer} has {repr(answer)[-60:]} in {place}; mend that row, set data.answer_column, or take "
+            "another reward with --reward"
+        )
+
+
+def _reference(row: Row, columns: Columns) -> Any:
+    """The answer, of verl's reward_model its ground truth; None if the row has none."""
+    answer = row.get(columns.answer)
+    return answer["ground_truth"] if isinstance(answer, dict) and "ground_truth" in answer else answer
+
+
+def _convention(row: Row, prompt: str, answer: str, settings: DataConfig) -> str:
+    if settings.prompt_column or settings.answer_column:
+        return "as set"
+    if _is_verl(row) and prompt == "prompt":
+        return "verl's columns"
+    if (prompt, answer) == ("question", "answer"):
+        return "GSM8K's columns"
+    named = {"prompt": "TRL's columns", "messages": "ms-swift's columns", "query": "ms-swift's columns"}
+    return named.get(prompt, "by name")
+
+
+def _is_verl(row: Row) -> bool:
+    return isinstance(row.get("reward_model"), dict) and "ground_truth" in row["reward_model"]
+
+
+def _are_messages(value: Any) -> bool:
+    """Chat messages with something to answer."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
+        return False
+    return bool(value[0]["role"] != "assistant")
+
+
+def _kind(prompt: str | list[Any]) -> str:
+    return "text" if isinstance(prompt, str) else "chat messages"
+
+
+def _names(row: Row) -> str:
+    return ", ".join(row)

@@ -1,0 +1,60 @@
+"""The rows of a run: of every source the wanted split, its columns recognised, its rows checked, and so many taken.
+
+Runs in the broker. Pure but for the reading, which is `broker/dataset.py`. That the same settings give the same rows
+in the same order, and so a cursor that resumes exactly, rests on `sample`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from broker.columns import Columns, check_rows, recognise
+from broker.dataset import Row, read_tables
+from protocol.sections import DataConfig
+from protocol.sources import Source
+
+
+class Record(NamedTuple):
+    """One row, and what its columns are: sources of different conventions may train together."""
+
+    row: Row
+    columns: Columns
+
+
+class Records(NamedTuple):
+    """All rows of a setting, and one sentence for each source: how many, and which column is what."""
+
+    records: list[Record]
+    notes: list[str]
+
+
+def load_records(
+    sources: Sequence[Source], settings: DataConfig, rewards: Iterable[str], *, evaluation: bool, seed: int
+) -> Records:
+    """Raises ConfigError for a source that cannot be read, and for the first row that cannot be used."""
+    used, found, notes = list(rewards), list[Record](), list[str]()
+    for source in sources:
+        tables = read_tables(source.name, evaluation=evaluation)
+        if not tables:
+            continue
+        columns = recognise(tables[0].rows[0], settings, used)
+        check_rows(tables, columns, used)
+        rows = [row for table in tables for row in table.rows]
+        taken = range(len(rows)) if source.num_rows is None else sample(len(rows), source.num_rows, seed)
+        found += [Record(rows[number], columns) for number in taken]
+        of = "" if source.num_rows is None else f" of {len(rows)}"
+        notes.append(f"{len(taken)}{of} rows from {source.name}: {columns}")
+    return Records(found, notes)
+
+
+def sample(num_rows: int, count: int, seed: int) -> list[int]:
+    """`count` of so many rows, in their order: without replacement, beyond their number whole repeats and the rest.
+
+    The same as ms-swift's `#N`.
+    """
+    repeats, rest = divmod(count, num_rows)
+    generator = np.random.Generator(np.random.PCG64([seed, 0, 1]))  # the orders of passes are drawn from [seed, pass]
+    return [*list(range(num_rows)) * repeats, *sorted(generator.permutation(num_rows)[:rest].tolist())]
