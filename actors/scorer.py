@@ -25,8 +25,8 @@ class Score:
 class Scorer:
     """Scores for one generator."""
 
-    def __init__(self, settings: RewardsConfig, model: Path) -> None:
-        self._pool = RewardPool(settings)
+    def __init__(self, settings: RewardsConfig, model: Path, max_tokens: int) -> None:
+        self._pool = RewardPool(settings, max_tokens)
         self._weights = [function.weight for function in settings.functions]
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
@@ -35,9 +35,10 @@ class Scorer:
 
     async def score(self, prompt: Prompt, completion: Completion) -> Score:
         """The weighted sum over the functions that have an opinion; an error when one fails, or none has an opinion."""
-        text = self._tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        tokens = completion.tokens.tolist()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         try:
-            table = await self._pool.score([text], prompt.columns)
+            table = await self._pool.score([text], [tokens], prompt.columns)
         except RewardFailed as error:
             return Score(error=str(error))
         values = [row[0] for row in table]

@@ -24,18 +24,20 @@ TIMEOUT_S = 1.0
 CODE = """
 import os, subprocess, sys, threading, time
 
-def score(completion, answer, pids=""):
+def score(completion, answer, pids="", session=""):
     if completion == "raise": return 1 / 0
     if completion == "hang": time.sleep(600)
     if completion == "spin":
         while True: pass
     if completion == "exit": sys.exit(3)
     if completion == "die": os._exit(7)
-    if completion == "allocate": return len(bytearray(64 << 30))
+    if completion == "allocate": return len(bytearray(10 << 30))
+    if completion == "fork":
+        while True: os.fork()
     if completion == "text": return "good"
     if completion == "nan": return float("nan")
     if completion == "child":
-        child = subprocess.Popen(["sleep", "600"])
+        child = subprocess.Popen(["sleep", "600"], start_new_session=session == "its own")
         open(pids, "w").write(str(child.pid))
         time.sleep(600)
     if completion == "print":
@@ -54,7 +56,7 @@ async def pool(
 ) -> AsyncIterator[RewardPool]:
     (tmp_path / "evil.py").write_text(CODE)
     functions = (RewardConfig(use="gsm8k"), RewardConfig(use=f"{tmp_path / 'evil.py'}:score", args=args))
-    opened = RewardPool(RewardsConfig(functions=functions, workers=workers, timeout_s=timeout_s))
+    opened = RewardPool(RewardsConfig(functions=functions, workers=workers, timeout_s=timeout_s), 100)
     await opened.start()
     try:
         yield opened
@@ -64,7 +66,7 @@ async def pool(
 
 async def values(pool: RewardPool, *completions: str) -> Sequence[float | None]:
     """What the brought function says."""
-    return (await pool.score(completions, {"answer": "#### 2"}))[1]
+    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"}))[1]
 
 
 async def pid_of_worker(pool: RewardPool) -> int:
@@ -88,7 +90,7 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
     async def go() -> None:
         async with pool(tmp_path) as rewards:
             assert rewards.names == ["gsm8k", "evil:score"]
-            table = await rewards.score(["#### 2", "#### 3", "2"], {"answer": "1+1=2\n#### 2"})
+            table = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"})
             assert table == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
 
     asyncio.run(go())
@@ -103,6 +105,7 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
         ("allocate", "evil:score raised MemoryError", True),
         ("hang", "evil:score gave no answer within 1 s", False),
         ("spin", "evil:score gave no answer within 1 s", False),
+        ("fork", "evil:score had more than 64 processes at a time", False),
         ("exit", r"evil:score ended its process \(exit code 3\)", False),
         ("die", r"evil:score ended its process \(exit code 7\)", False),
     ],
@@ -123,9 +126,10 @@ def test_a_failure_has_a_name_and_a_reason_and_costs_one_call(
     asyncio.run(go())
 
 
-def test_the_deadline_ends_everything_that_reward_code_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", ["the worker's", "its own"])
+def test_the_deadline_ends_everything_that_reward_code_started(tmp_path: Path, session: str) -> None:
     async def go() -> int:
-        async with pool(tmp_path, pids=str(tmp_path / "pid")) as rewards:
+        async with pool(tmp_path, pids=str(tmp_path / "pid"), session=session) as rewards:
             with pytest.raises(RewardFailed, match="gave no answer within 1 s"):
                 await values(rewards, "child")
             return int((tmp_path / "pid").read_text())
@@ -190,7 +194,7 @@ def test_reward_code_that_cannot_be_loaded_stops_the_start(tmp_path: Path, code:
     (tmp_path / "broken.py").write_text(code)
 
     async def go() -> None:
-        rewards = RewardPool(RewardsConfig(functions=(RewardConfig(use=f"{tmp_path / 'broken.py'}:score"),)))
+        rewards = RewardPool(RewardsConfig(functions=(RewardConfig(use=f"{tmp_path / 'broken.py'}:score"),)), 100)
         try:
             with pytest.raises(ConfigError, match=f"the reward code cannot be loaded: .*{said}"):
                 await rewards.start()
@@ -201,7 +205,9 @@ def test_reward_code_that_cannot_be_loaded_stops_the_start(tmp_path: Path, code:
 
 
 def test_a_worker_imports_nothing_heavy() -> None:
-    code = "import sys, actors.rewards.worker; print([n for n in ('torch', 'numpy', 'vllm') if n in sys.modules])"
+    code = (
+        "import sys, actors.rewards.worker; print([n for n in ('torch', 'numpy', 'vllm', 'sympy') if n in sys.modules])"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
@@ -216,7 +222,7 @@ from tests.test_reward_pool import pid_of_worker, pool
 async def main() -> None:
     async with pool(Path(sys.argv[1]), timeout_s=600.0) as rewards:
         print(await pid_of_worker(rewards), flush=True)
-        await rewards.score(["spin"], {"answer": ""})
+        await rewards.score(["spin"], [[1]], {"answer": ""})
 
 asyncio.run(main())
 """

@@ -32,24 +32,22 @@ def main() -> None:
     while (call := read(incoming)) is not None:
         try:
             if "functions" in call:
-                rewards = [resolve(use, weight, arguments) for use, weight, arguments in call["functions"]]
+                rewards = [resolve(*function, call["max_tokens"]) for function in call["functions"]]
                 write(outgoing, {"ready": [reward.name for reward in rewards]})
             else:
-                write(outgoing, {"done": score(rewards, call["completions"], call["columns"], outgoing)})
+                write(outgoing, {"done": score(rewards, call, outgoing)})
         except ConfigError as error:
             write(outgoing, {"failed": str(error)[:2000]})
         except Exception as error:  # reward code is the user's: whatever it raises is an answer, not our end
             write(outgoing, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def score(
-    rewards: list[Reward], completions: list[str], columns: dict[str, Any], outgoing: BinaryIO
-) -> list[list[float | None]]:
+def score(rewards: list[Reward], call: dict[str, Any], outgoing: BinaryIO) -> list[list[float | None]]:
     """Values [functions][completions]."""
     table = []
     for reward in rewards:
         write(outgoing, {"calling": reward.name})
-        table.append(reward.score(completions, columns))
+        table.append(reward.score(call["completions"], call["completion_ids"], call["columns"]))
     return table
 
 
