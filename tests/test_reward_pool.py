@@ -34,6 +34,8 @@ def score(completion, answer, pids="", session=""):
     if completion == "allocate": return len(bytearray(10 << 30))
     if completion == "fork":
         while True: os.fork()
+    if completion == "metrics": return {"score": 1, "acc": True, "pred": "x"}
+    if completion == "many": return {"score": 1} | {str(n): n for n in range(65)}
     if completion == "text": return "good"
     if completion == "nan": return float("nan")
     if completion == "child":
@@ -66,7 +68,7 @@ async def pool(
 
 async def values(pool: RewardPool, *completions: str) -> Sequence[float | None]:
     """What the brought function says."""
-    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"}))[1]
+    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"})).values[1]
 
 
 async def pid_of_worker(pool: RewardPool) -> int:
@@ -90,8 +92,8 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
     async def go() -> None:
         async with pool(tmp_path) as rewards:
             assert rewards.names == ["gsm8k", "evil:score"]
-            table = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"})
-            assert table == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
+            scored = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"})
+            assert scored.values == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
 
     asyncio.run(go())
 
@@ -103,6 +105,7 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
         ("text", "evil:score raised ValueError: could not convert string to float: 'good'", True),
         ("nan", "evil:score raised ValueError: expected a finite number, got nan", True),
         ("allocate", "evil:score raised MemoryError", True),
+        ("many", "at most 64 numbers beside the scores of a completion are .* got 65, one called evil:score/", True),
         ("hang", "evil:score gave no answer within 1 s", False),
         ("spin", "evil:score gave no answer within 1 s", False),
         ("fork", "evil:score had more than 64 processes at a time", False),
@@ -252,5 +255,32 @@ def test_a_replacement_that_cannot_be_loaded_is_an_error_of_that_call_and_tried_
                 await values(rewards, "good")
             (tmp_path / "evil.py").write_text(code)
             assert await values(rewards, "good") == [4.0]
+
+    asyncio.run(run())
+
+
+def test_numbers_beside_a_score_come_back_under_the_functions_name(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with pool(tmp_path) as rewards:
+            scored = await rewards.score(["metrics", "ab"], [[1], [2]], {"answer": "#### 2"})
+            assert scored.values == [[0.0, 0.0], [1.0, 2.0]]
+            assert scored.metrics == [{"evil:score/acc": 1.0}, {}]
+
+    asyncio.run(run())
+
+
+def test_hostile_mathematics_costs_one_deadline_and_is_no_zero() -> None:
+    settings = RewardsConfig(functions=(RewardConfig(use="math_accuracy"),), timeout_s=4.0)
+
+    async def run() -> None:
+        rewards = RewardPool(settings, 100)
+        await rewards.start()
+        try:
+            with pytest.raises(RewardFailed, match="math_accuracy gave no answer within 4 s"):
+                await rewards.score([r"\boxed{9^{9^{9^{9}}}}"], [[1]], {"answer": "1"})
+            rewards_after = await rewards.score([r"\boxed{1}"], [[1]], {"answer": "1"})
+            assert rewards_after.values == [[1.0]]
+        finally:
+            await rewards.close()
 
     asyncio.run(run())

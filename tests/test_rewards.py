@@ -11,7 +11,7 @@ import pytest
 from actors.rewards import registry
 from actors.rewards.gsm8k import gsm8k, gsm8k_flexible, reference
 from actors.rewards.registry import resolve
-from actors.rewards.shapes import value_of
+from actors.rewards.shapes import opinion_of
 from protocol.errors import ConfigError
 from protocol.rewards import BUILT_IN, check_rewards
 
@@ -78,8 +78,9 @@ def load(tmp_path: Path, code: str, **arguments: Any) -> Any:
 
 
 def scores(reward: Any, completions: list[str], columns: dict[str, Any] | None = None) -> Any:
-    """Each completion of one token per character."""
-    return reward.score(completions, [[ord(c) for c in text] for text in completions], columns or COLUMNS)
+    """The values of completions of one token per character."""
+    opinions = reward.score(completions, [[ord(c) for c in text] for text in completions], columns or COLUMNS)
+    return [opinion.value for opinion in opinions]
 
 
 COLUMNS = {"answer": "ab", "level": 3, "data_source": "somewhere", "extra_info": {"index": 1}}
@@ -164,14 +165,20 @@ def test_arguments_of_the_settings_reach_the_function(tmp_path: Path) -> None:
 
 
 def test_no_opinion_is_not_zero() -> None:
-    assert value_of(None) is value_of({"score": None}) is None
-    assert value_of({"score": 0}) == value_of(False) == 0.0
+    assert opinion_of(None).value is opinion_of({"score": None}).value is opinion_of({}).value is None
+    assert opinion_of({"score": 0}).value == opinion_of(False).value == 0.0
+
+
+def test_numbers_beside_the_score_are_metrics_and_texts_are_not() -> None:
+    said = opinion_of({"score": -1, "acc": True, "pred": "34", "n": 3, "none": None, "odd": float("nan")})
+    assert said == (-1.0, {"acc": 1.0, "n": 3.0})
+    assert opinion_of(0.5).metrics == {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", [1.0]])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
-        value_of(value)
+        opinion_of(value)
 
 
 def test_a_group_function_owes_one_score_for_each_completion(tmp_path: Path) -> None:

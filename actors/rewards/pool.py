@@ -19,6 +19,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import msgpack
 
 from protocol.errors import ConfigError, TetherError
+from protocol.fields import MAX_METRICS, MAX_NAME
 from protocol.sections import RewardsConfig
 
 log = logging.getLogger("tether.rewards")
@@ -39,6 +41,14 @@ COUNT_EVERY_S = 0.2
 
 class RewardFailed(TetherError):
     """A reward function raised, hung or ended its process. Names the function."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the functions said of one prompt's completions."""
+
+    values: list[list[float | None]]  # [functions][completions]; None: no opinion
+    metrics: list[dict[str, float]]  # [completions], by FUNCTION/KEY
 
 
 class _Worker:
@@ -131,8 +141,8 @@ class RewardPool:
 
     async def score(
         self, completions: Sequence[str], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
-    ) -> list[list[float | None]]:
-        """Values [functions][completions] of one prompt's completions; None is no opinion. Raises RewardFailed."""
+    ) -> Scored:
+        """What every function says of one prompt's completions. Raises RewardFailed if one does not."""
         call = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
         worker = await self._idle.get()
         healthy: _Worker | None = None
@@ -152,8 +162,9 @@ class RewardPool:
                 await self._discard(worker)
         if "failed" in answer:
             raise RewardFailed(f"{worker.calling} raised {answer['failed']}")
-        table: list[list[float | None]] = answer["done"]
-        return table
+        for metrics in answer["metrics"]:
+            _check_metrics(metrics)
+        return Scored(answer["values"], answer["metrics"])
 
     async def close(self) -> None:
         for worker in list(self._workers):
@@ -182,6 +193,16 @@ class RewardPool:
             raise ConfigError(f"the reward code cannot be loaded: {reason}")
         self.names = answer["ready"]
         return worker
+
+
+def _check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raises RewardFailed if they would not fit a result."""
+    longest = max(metrics, key=len, default="")
+    if len(metrics) > MAX_METRICS or len(longest) > MAX_NAME:
+        raise RewardFailed(
+            f"at most {MAX_METRICS} numbers beside the scores of a completion are expected, as FUNCTION/KEY of up to "
+            f"{MAX_NAME} characters, got {len(metrics)}, one called {longest[:40]}; return fewer keys, or shorter ones"
+        )
 
 
 def _descendants(pid: int) -> Iterator[int]:

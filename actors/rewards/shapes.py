@@ -9,7 +9,7 @@ Runs in a reward worker. Functions are told apart by their parameters, classes a
 
 Each may be async. TRL's completions are chat messages where the row's prompt is, as there. A function gets those of its
 settings, of `completion_ids`, `max_tokens` and of the row's columns that it has parameters for, in this order. A value
-is a number, None (no opinion), or a dict with `score`.
+is a number, None (no opinion), or a dict with `score`, whose other numbers become metrics.
 """
 
 from __future__ import annotations
@@ -18,15 +18,27 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from protocol.errors import ConfigError
 
 Columns = Mapping[str, Any]
-Scores = list[float | None]
 Tokens = Sequence[Sequence[int]]
-Score = Callable[[Sequence[str], Tokens, Columns], Scores]  # one prompt's completions, their tokens, its row's columns
+
+
+class Opinion(NamedTuple):
+    """What a function said of one completion."""
+
+    value: float | None
+    metrics: dict[str, float]  # by the function's own keys
+
+
+Opinions = list[Opinion]
+Score = Callable[
+    [Sequence[str], Tokens, Columns], Opinions
+]  # one prompt's completions, their tokens, its row's columns
 
 _LOOP = asyncio.Runner()  # one for all calls: what an async function keeps between calls belongs to its loop
 
@@ -51,11 +63,11 @@ def shaped(brought: Callable[..., Any], arguments: Mapping[str, Any], max_tokens
 def per_completion(function: Callable[..., Any], arguments: Mapping[str, Any], max_tokens: int) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Scores:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
         row = wanted.of({**columns, "max_tokens": max_tokens}) | dict(arguments)
         own = [wanted.of({"completion_ids": tokens}) for tokens in completion_ids]
         pairs = zip(completions, own, strict=True)
-        return _values([function(**row | tokens | {"completion": text}) for text, tokens in pairs])
+        return _opinions([function(**row | tokens | {"completion": text}) for text, tokens in pairs])
 
     return score
 
@@ -63,7 +75,7 @@ def per_completion(function: Callable[..., Any], arguments: Mapping[str, Any], m
 def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any], max_tokens: int, *, as_chat: bool) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Scores:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
         named = {"prompts" if name == "prompt" else name: value for name, value in columns.items()}  # as TRL names it
         lists = {name: [value] * len(completions) for name, value in named.items()}
         tokens = [list(each) for each in completion_ids]
@@ -74,7 +86,7 @@ def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any], max_t
         (values,) = _finished([function(**about | {"completions": given})])
         if len(values) != len(completions):
             raise ValueError(f"{len(completions)} completions were given, {len(values)} scores came back")
-        return [value_of(value) for value in values]
+        return [opinion_of(value) for value in values]
 
     return score
 
@@ -82,14 +94,14 @@ def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any], max_t
 def _verl(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Scores:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
         known = {
             "data_source": columns.get("data_source", ""),
             "ground_truth": columns.get("ground_truth", columns.get("answer")),
             "extra_info": columns.get("extra_info"),
         }
         about = wanted.of(known) | dict(arguments)
-        return _values([function(**about | {"solution_str": text}) for text in completions])
+        return _opinions([function(**about | {"solution_str": text}) for text in completions])
 
     return score
 
@@ -120,8 +132,8 @@ class _Parameters:
         return {name: value for name, value in values.items() if self._takes_all or name in self._names}
 
 
-def _values(results: list[Any]) -> Scores:
-    return [value_of(result) for result in _finished(results)]
+def _opinions(results: list[Any]) -> Opinions:
+    return [opinion_of(result) for result in _finished(results)]
 
 
 def _finished(results: list[Any]) -> list[Any]:
@@ -135,13 +147,12 @@ def _finished(results: list[Any]) -> list[Any]:
     return _LOOP.run(together())
 
 
-def value_of(value: Any) -> float | None:
+def opinion_of(returned: Any) -> Opinion:
     """What a function returned, as a finite number or None. Raises ValueError for anything else."""
-    if isinstance(value, Mapping):
-        value = value.get("score")
-    if value is None:
-        return None
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {number}")
-    return number
+    value, beside = returned, {}
+    if isinstance(returned, Mapping):
+        value = returned.get("score")
+        beside = {str(key): float(each) for key, each in returned.items() if key != "score" and isinstance(each, Real)}
+    if value is not None and not math.isfinite(value := float(value)):
+        raise ValueError(f"expected a finite number, got {value}")
+    return Opinion(value, {key: number for key, number in beside.items() if math.isfinite(number)})
