@@ -29,6 +29,7 @@ def test_latex_that_equals_the_reference_is_right(completion: str, score: float)
 
 
 def test_a_reference_may_be_a_number_or_a_whole_solution() -> None:
+    assert math_accuracy(r"\boxed{6}", "to find the total: $4.00 + $2.00 = $<<4+2=6.00>>6.00\n#### 6") == 1.0
     assert math_accuracy(r"\boxed{72}", 72) == math_accuracy(r"\boxed{72}", "48+24=72\n#### 72") == 1.0
 
 

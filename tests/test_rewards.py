@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def test_arguments_of_the_settings_reach_the_function(tmp_path: Path) -> None:
 
 
 def test_no_opinion_is_not_zero() -> None:
-    assert opinion_of(None).value is opinion_of({"score": None}).value is opinion_of({}).value is None
+    assert opinion_of(None).value is opinion_of({"score": None}).value is None
     assert opinion_of({"score": 0}).value == opinion_of(False).value == 0.0
 
 
@@ -173,6 +174,8 @@ def test_numbers_beside_the_score_are_metrics_and_texts_are_not() -> None:
     said = opinion_of({"score": -1, "acc": True, "pred": "34", "n": 3, "none": None, "odd": float("nan")})
     assert said == (-1.0, {"acc": 1.0, "n": 3.0})
     assert opinion_of(0.5).metrics == {}
+    with pytest.raises(ValueError, match="expected score among the keys of what it returned, got acc, pred"):
+        opinion_of({"acc": 1.0, "pred": "34"})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", [1.0]])
@@ -293,6 +296,11 @@ def test_a_function_of_a_module_is_found_by_its_path(tmp_path: Path, monkeypatch
         resolve("rewards_of_ours.brief:other", 1.0, {}, 100)
     with pytest.raises(ConfigError, match=r"importing rewards_of_ours.gone raised ModuleNotFoundError: .*; install it"):
         resolve("rewards_of_ours.gone:score", 1.0, {}, 100)
+
+
+def test_the_page_has_a_row_for_every_built_in_function_and_for_no_other() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == BUILT_IN
 
 
 @pytest.mark.parametrize("use", BUILT_IN)

@@ -29,7 +29,7 @@ def math_accuracy(completion: str, answer: Any) -> float | None:
 
     None, no opinion, where the reference itself cannot be read.
     """
-    gold = parse(str(answer), parsing_timeout=None)
+    gold = parse(_reference(answer), parsing_timeout=None)
     return _is_equal(gold, _latex(completion)) if gold else None
 
 
@@ -44,16 +44,20 @@ def math_accuracy_swift(completion: str, answer: Any, unreadable: float | None =
 
     unreadable: for a reference that cannot be read; ms-swift gives 0, and gave 1 until 2025.
     """
-    tagged = _ANSWER.search(str(answer))
-    gold = parse(
-        tagged.group(1).strip() if tagged else str(answer), extraction_mode="first_match", parsing_timeout=None
-    )
+    text = _reference(answer)
+    tagged = _ANSWER.search(text)
+    gold = parse(tagged.group(1).strip() if tagged else text, extraction_mode="first_match", parsing_timeout=None)
     if not gold:
         return unreadable
     answered = _ANSWER.search(completion)
     if answered is None:
         return _is_equal(gold, _latex(completion))
     return _is_equal(gold, parse(answered.group(1).strip(), extraction_mode="first_match", parsing_timeout=None))
+
+
+def _reference(answer: Any) -> str:
+    """What follows the last ####, else everything: in a whole solution math-verify may take another number."""
+    return str(answer).rpartition("####")[2]
 
 
 def _latex(text: str) -> Any:

@@ -151,7 +151,9 @@ def opinion_of(returned: Any) -> Opinion:
     """What a function returned, as a finite number or None. Raises ValueError for anything else."""
     value, beside = returned, {}
     if isinstance(returned, Mapping):
-        value = returned.get("score")
+        if "score" not in returned:
+            raise ValueError(f"expected score among the keys of what it returned, got {', '.join(map(str, returned))}")
+        value = returned["score"]
         beside = {str(key): float(each) for key, each in returned.items() if key != "score" and isinstance(each, Real)}
     if value is not None and not math.isfinite(value := float(value)):
         raise ValueError(f"expected a finite number, got {value}")
