@@ -209,8 +209,15 @@ def _descendants(pid: int) -> Iterator[int]:
     """Children, their children and so on, as the kernel lists them now."""
     parents = [pid]
     while parents:
-        for file in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it has ended
-                for child in map(int, file.read_text().split()):
-                    yield child
-                    parents.append(child)
+        children = _children(parents.pop())
+        yield from children
+        parents += children
+
+
+def _children(pid: int) -> list[int]:
+    """Of all its threads; none if it has ended."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
