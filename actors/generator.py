@@ -174,7 +174,7 @@ class Generator:
         score = await self._scorer.score(lease.prompt, completion)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, completion, score.reward, score.rewards)
+        return result(lease, sample, epoch, completion, score.reward, score.rewards, score.metrics)
 
     # --- Weights
 

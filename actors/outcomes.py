@@ -22,6 +22,7 @@ def result(
     completion: Completion,
     reward: float,
     rewards: Mapping[str, float | None],
+    metrics: Mapping[str, float],
 ) -> Result:
     observed = completion.observed
     return Result(
@@ -37,6 +38,7 @@ def result(
         tokens=completion.tokens,
         behavior_logprobs=completion.behavior_logprobs,
         observed=_NONE_OBSERVED if observed is None else observed,
+        metrics=dict(metrics),
     )
 
 

@@ -20,13 +20,14 @@ class Score:
     reward: float = 0.0
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, before its weight
     error: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what they returned beside, as FUNCTION/KEY
 
 
 class Scorer:
     """Scores for one generator."""
 
-    def __init__(self, settings: RewardsConfig, model: Path) -> None:
-        self._pool = RewardPool(settings)
+    def __init__(self, settings: RewardsConfig, model: Path, max_tokens: int) -> None:
+        self._pool = RewardPool(settings, max_tokens)
         self._weights = [function.weight for function in settings.functions]
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
@@ -35,16 +36,17 @@ class Scorer:
 
     async def score(self, prompt: Prompt, completion: Completion) -> Score:
         """The weighted sum over the functions that have an opinion; an error when one fails, or none has an opinion."""
-        text = self._tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        tokens = completion.tokens.tolist()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         try:
-            table = await self._pool.score([text], prompt.columns)
+            scored = await self._pool.score([text], [tokens], prompt.columns)
         except RewardFailed as error:
             return Score(error=str(error))
-        values = [row[0] for row in table]
+        values = [row[0] for row in scored.values]
         if all(value is None for value in values):
             return Score(error="no reward function has an opinion")
         total = sum(weight * value for weight, value in zip(self._weights, values, strict=True) if value is not None)
-        return Score(total, dict(zip(self._pool.names, values, strict=True)))
+        return Score(total, dict(zip(self._pool.names, values, strict=True)), metrics=scored.metrics[0])
 
     async def close(self) -> None:
         await self._pool.close()

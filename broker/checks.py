@@ -64,6 +64,9 @@ def _bad_reward(result: Result, names: Collection[str]) -> str:
     unknown = [name for name in result.rewards if name not in names]
     if unknown:
         return f"a reward called {unknown[0]}, the run has {', '.join(names)}"
+    strange = [name for name in result.metrics if name.partition("/")[0] not in names or "/" not in name]
+    if strange:
+        return f"a metric called {strange[0]}, expected FUNCTION/KEY of {', '.join(names)}"
     values = [result.reward, *(value for value in result.rewards.values() if value is not None)]
     bad = [value for value in values if not abs(value) <= MAX_REWARD]
     return f"a reward of {bad[0]}, -{MAX_REWARD:g} to {MAX_REWARD:g} are allowed" if bad else ""
@@ -81,5 +84,12 @@ def trajectory(result: Result) -> Trajectory:
             result.observed if result.has_observed else None,
         )
     return Trajectory(
-        result.prompt, result.attempt, result.sample, completion, result.reward, dict(result.rewards), result.error
+        result.prompt,
+        result.attempt,
+        result.sample,
+        completion,
+        result.reward,
+        dict(result.rewards),
+        result.error,
+        dict(result.metrics),
     )

@@ -15,6 +15,7 @@ from broker.batches import Batch
 from broker.evaluation import EvaluationResult
 from broker.peers import Peer
 from broker.run_state import RunState
+from protocol.fields import MAX_METRICS
 from protocol.messages import Evaluation, Role
 from protocol.types import Trajectory
 
@@ -89,12 +90,16 @@ def _as_text(run: RunState, trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Mean of each function over the trajectories on which it had an opinion."""
+    """Mean of each function over the trajectories on which it had an opinion, and of what it returned beside that."""
     values: dict[str, list[float]] = defaultdict(list)
+    metrics: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
         for name, value in trajectory.rewards.items():
             if value is not None:
                 values[name].append(value)
+        for name, number in trajectory.metrics.items():
+            metrics[name].append(number)
+    values |= {name: metrics[name] for name in sorted(metrics)[:MAX_METRICS]}  # keys may differ by completion
     return {f"reward/{name}": float(np.mean(found)) for name, found in values.items()}
 
 

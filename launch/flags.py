@@ -6,11 +6,13 @@ A short flag is another spelling of a setting: `--group-size 8` is `--batch.grou
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from protocol.errors import ConfigError
+from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, describe, is_section, known_keys, nearest, unknown
 from protocol.settings import Value, from_text
 
@@ -25,7 +27,7 @@ GROUPS = {
     "the task": {
         "--model": ("model.path", "M"),
         "--dataset": ("data.train", "D[#N][,D...]"),
-        "--reward": ("rewards.functions", "NAME|FILE.py:NAME[:WEIGHT]"),
+        "--reward": ("rewards.functions", "NAME|FILE.py:NAME|package.module:NAME[:WEIGHT]"),
     },
     "the algorithm": {
         "--max-staleness": ("staleness.max", "S"),
@@ -131,7 +133,7 @@ def _is_setting(key: str) -> bool:
 
 
 def _reward(text: str) -> dict[str, object]:
-    """NAME, NAME:WEIGHT, FILE.py:NAME or FILE.py:NAME:WEIGHT."""
+    """NAME, FILE.py:NAME or package.module:NAME, each with :WEIGHT or without."""
     use, colon, last = text.rpartition(":")
     try:
         return {"use": use, "weight": float(last)} if colon else {"use": text}
@@ -156,4 +158,9 @@ def _all_settings() -> str:
         sections.setdefault(section, []).append(name)
     lines += [f"  {section:<12} {' '.join(names)}" for section, names in sections.items()]
     lines.append(f"  {', '.join(PASS_THROUGH):<12} anything: handed to the engine as it is")
+    lines += ["", "built-in rewards (actors/rewards/ says what each gives):", *_wrapped(BUILT_IN)]
     return "\n".join(lines)
+
+
+def _wrapped(names: Sequence[str]) -> list[str]:
+    return textwrap.wrap(" ".join(names), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

@@ -56,9 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--key", type=Path, help="key file; RUN/keys/generator.key of the run's host")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default: as the run does")
-    parser.add_argument(
-        "--reward", action="append", default=[], metavar="FILE.py:NAME", help="reward code the run uses from a file"
-    )
+    parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -106,7 +104,7 @@ async def generate(args: argparse.Namespace) -> None:
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        scorer = Scorer(with_files(config.rewards, uses), model)
+        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens)
         await scorer.start()
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries

@@ -21,7 +21,7 @@ CURVES = {
     "reward/mean": "mean reward of the completions a step trained",
     "reward/std": "their standard deviation",
     "reward/equal_group_frac": "groups whose rewards are all equal: they carry no signal",
-    "reward/*": "mean of one reward function, before its weight",
+    "reward/*": "mean of one reward function before its weight; FUNCTION/KEY: of a number it returned beside",
     "eval/accuracy": "held-out prompts to whose greedy completion the first reward function gives 1 or more",
     "eval/*": "mean of one reward function over the held-out prompts",
     "policy/loss": "loss of the batch, mean of its optimizer steps",

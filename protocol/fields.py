@@ -17,6 +17,7 @@ MAX_NAME = 128
 MAX_TEXT = 4096
 MAX_RUNNING = 4096  # leases of one generator
 MAX_REWARDS = 64  # reward functions
+MAX_METRICS = 64  # that reward functions return of one completion, beside its reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ BOOL = Annotated[NDArray[np.bool_], ArrayField("bool")]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Finite
 _FROM_LIST = Field(strict=False)  # msgpack has no tuples
 Pair = Annotated[tuple[Natural, Natural], _FROM_LIST]
 Triple = Annotated[tuple[Natural, Natural, Natural], _FROM_LIST]

@@ -34,6 +34,7 @@ from protocol.fields import (
     BOOL,
     F32,
     I32,
+    MAX_METRICS,
     MAX_REWARDS,
     MAX_RUNNING,
     MAX_TEXT,
@@ -42,6 +43,7 @@ from protocol.fields import (
     F32Cube,
     F32Table,
     FileEntry,
+    Finite,
     Name,
     Natural,
     Pair,
@@ -282,6 +284,8 @@ class Result(Message):
     tokens: I32
     behavior_logprobs: F32
     observed: BOOL
+    metrics: dict[Name, Finite] = Field(default={}, max_length=MAX_METRICS)
+    """What reward functions returned beside their values, as FUNCTION/KEY."""
 
 
 class Verdict(Message):

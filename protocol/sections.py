@@ -136,7 +136,7 @@ class GeneratorConfig(Section):
 
 class RewardConfig(Section):
     use: str
-    """A built-in name (gsm8k, gsm8k_flexible) or FILE.py:NAME."""
+    """A built-in name (those in protocol/rewards.py), FILE.py:NAME or package.module:NAME."""
     weight: float = 1.0
     """Factor in the sum."""
     args: dict[str, Any] = {}

@@ -86,6 +86,7 @@ class Trajectory:
     reward: float = 0.0  # weighted sum of `rewards`; meaningless when `error`
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function; None: no opinion
     error: str = ""  # why generation or reward failed; "" when neither did
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what reward functions returned beside their values
 
 
 @dataclass(frozen=True, slots=True, eq=False)

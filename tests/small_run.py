@@ -142,7 +142,7 @@ class FakeGenerator:
         session = await Session.open(self.addresses or Addresses.read(self.folder), key, hello, timeout_s=10)
         options = EngineOptions(self.folder / "model", max_model_len=64, lora_rank=self.config.lora.rank)
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
-        scorer = Scorer(self.config.rewards, self.folder / "model")
+        scorer = Scorer(self.config.rewards, self.folder / "model", self.config.sampling.max_tokens)
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
         staging.mkdir(mode=0o700)

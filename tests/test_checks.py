@@ -153,10 +153,17 @@ def test_a_function_may_have_no_opinion_and_a_reward_may_be_negative() -> None:
 def test_a_result_becomes_the_trajectory_that_it_describes() -> None:
     observed = np.array([False, True, False, False])
     made = trajectory(
-        result(finish_reason="length", spans=[(3, 0, 1), (4, 1, 4)], has_observed=True, observed=observed)
+        result(
+            metrics={"score/acc": 0.5},
+            finish_reason="length",
+            spans=[(3, 0, 1), (4, 1, 4)],
+            has_observed=True,
+            observed=observed,
+        )
     )
     assert (made.prompt, made.attempt, made.sample, made.reward) == (7, 2, 1, 1.0)
     assert made.rewards == {"score": 1.0, "other": None}
+    assert made.metrics == {"score/acc": 0.5}
     assert made.completion is not None
     assert made.completion.tokens.tolist() == [0, 1, 2, 3]
     assert made.completion.spans == (VersionSpan(3, 0, 1), VersionSpan(4, 1, 4))
@@ -172,3 +179,10 @@ def test_an_error_becomes_a_trajectory_without_a_completion() -> None:
 
 def test_a_reward_that_the_run_does_not_have_is_refused_by_name() -> None:
     assert refusal(rewards={"score": 1.0, "invented": 1.0}) == "a reward called invented, the run has score, other"
+
+
+@pytest.mark.parametrize("name", ["invented/acc", "score", "mean", ""])
+def test_a_metric_belongs_to_a_reward_of_the_run(name: str) -> None:
+    assert refusal(metrics={"score/acc": 1.0, "other/a/b": -2.0}) == ""
+    said = f"a metric called {name}, expected FUNCTION/KEY of score, other"
+    assert refusal(metrics={"score/acc": 1.0, name: 1.0}) == said

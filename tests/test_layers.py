@@ -29,6 +29,7 @@ HOMES: Mapping[str, set[str]] = {
     "peft": {"learner/lora.py"},
     "tensorboard": {"learner/metrics.py"},
     "datasets": {"broker/dataset.py"},
+    "math_verify": {"actors/rewards/math_accuracy.py"},
     "matplotlib": {"launch/summary.py"},
     "rich": {"launch/console.py", "launch/frames.py"},
     "zmq": {

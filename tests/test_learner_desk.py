@@ -10,7 +10,7 @@ import msgpack
 
 from broker.peers import MAX_PEERS
 from protocol.codec import Header, decode, encode
-from protocol.fields import MAX_NAME
+from protocol.fields import MAX_METRICS, MAX_NAME
 from protocol.messages import (
     Advance,
     Done,
@@ -276,3 +276,17 @@ def test_each_of_a_few_generators_has_curves_of_its_own(tmp_path: Path) -> None:
     numbers = numbers_of(broker, broker.learner(), 64)
     assert [numbers[f"generator/g{n}/kv_usage"] for n in range(64)] == [n + 1.0 for n in range(64)]
     assert not [name for name in numbers if name.startswith("generators/")]
+
+
+def test_what_reward_functions_return_beside_their_scores_becomes_curves_of_a_bounded_number(tmp_path: Path) -> None:
+    broker = BrokerAlone(tmp_path)
+    learner, generator = broker.learner(), broker.generator()
+    for lease in generator.leases(0):
+        for sample in range(lease.samples):
+            beside = {"reward:score/acc": float(sample)} if sample else {}
+            beside |= {f"reward:score/key{lease.number}-{sample}-{n}": 1.0 for n in range(20)}
+            assert generator.deliver(generator.result(lease, sample, metrics=beside)).status == "accepted"
+    page = learner.take(0)
+    assert isinstance(page, SharePage)
+    assert page.numbers["reward/reward:score/acc"] == 1.5  # over samples 1 and 2, which have it
+    assert len([name for name in page.numbers if name.startswith("reward/reward:score/")]) == MAX_METRICS

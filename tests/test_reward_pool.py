@@ -24,18 +24,22 @@ TIMEOUT_S = 1.0
 CODE = """
 import os, subprocess, sys, threading, time
 
-def score(completion, answer, pids=""):
+def score(completion, answer, pids="", session=""):
     if completion == "raise": return 1 / 0
     if completion == "hang": time.sleep(600)
     if completion == "spin":
         while True: pass
     if completion == "exit": sys.exit(3)
     if completion == "die": os._exit(7)
-    if completion == "allocate": return len(bytearray(64 << 30))
+    if completion == "allocate": return len(bytearray(10 << 30))
+    if completion == "fork":
+        while True: os.fork()
+    if completion == "metrics": return {"score": 1, "acc": True, "pred": "x"}
+    if completion == "many": return {"score": 1} | {str(n): n for n in range(65)}
     if completion == "text": return "good"
     if completion == "nan": return float("nan")
     if completion == "child":
-        child = subprocess.Popen(["sleep", "600"])
+        child = subprocess.Popen(["sleep", "600"], start_new_session=session == "its own")
         open(pids, "w").write(str(child.pid))
         time.sleep(600)
     if completion == "print":
@@ -54,7 +58,7 @@ async def pool(
 ) -> AsyncIterator[RewardPool]:
     (tmp_path / "evil.py").write_text(CODE)
     functions = (RewardConfig(use="gsm8k"), RewardConfig(use=f"{tmp_path / 'evil.py'}:score", args=args))
-    opened = RewardPool(RewardsConfig(functions=functions, workers=workers, timeout_s=timeout_s))
+    opened = RewardPool(RewardsConfig(functions=functions, workers=workers, timeout_s=timeout_s), 100)
     await opened.start()
     try:
         yield opened
@@ -64,7 +68,7 @@ async def pool(
 
 async def values(pool: RewardPool, *completions: str) -> Sequence[float | None]:
     """What the brought function says."""
-    return (await pool.score(completions, {"answer": "#### 2"}))[1]
+    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"})).values[1]
 
 
 async def pid_of_worker(pool: RewardPool) -> int:
@@ -88,8 +92,8 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
     async def go() -> None:
         async with pool(tmp_path) as rewards:
             assert rewards.names == ["gsm8k", "evil:score"]
-            table = await rewards.score(["#### 2", "#### 3", "2"], {"answer": "1+1=2\n#### 2"})
-            assert table == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
+            scored = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"})
+            assert scored.values == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
 
     asyncio.run(go())
 
@@ -101,8 +105,10 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
         ("text", "evil:score raised ValueError: could not convert string to float: 'good'", True),
         ("nan", "evil:score raised ValueError: expected a finite number, got nan", True),
         ("allocate", "evil:score raised MemoryError", True),
+        ("many", "at most 64 numbers beside the scores of a completion are .* got 65, one called evil:score/", True),
         ("hang", "evil:score gave no answer within 1 s", False),
         ("spin", "evil:score gave no answer within 1 s", False),
+        ("fork", "evil:score had more than 64 processes at a time", False),
         ("exit", r"evil:score ended its process \(exit code 3\)", False),
         ("die", r"evil:score ended its process \(exit code 7\)", False),
     ],
@@ -123,9 +129,10 @@ def test_a_failure_has_a_name_and_a_reason_and_costs_one_call(
     asyncio.run(go())
 
 
-def test_the_deadline_ends_everything_that_reward_code_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", ["the worker's", "its own"])
+def test_the_deadline_ends_everything_that_reward_code_started(tmp_path: Path, session: str) -> None:
     async def go() -> int:
-        async with pool(tmp_path, pids=str(tmp_path / "pid")) as rewards:
+        async with pool(tmp_path, pids=str(tmp_path / "pid"), session=session) as rewards:
             with pytest.raises(RewardFailed, match="gave no answer within 1 s"):
                 await values(rewards, "child")
             return int((tmp_path / "pid").read_text())
@@ -190,7 +197,7 @@ def test_reward_code_that_cannot_be_loaded_stops_the_start(tmp_path: Path, code:
     (tmp_path / "broken.py").write_text(code)
 
     async def go() -> None:
-        rewards = RewardPool(RewardsConfig(functions=(RewardConfig(use=f"{tmp_path / 'broken.py'}:score"),)))
+        rewards = RewardPool(RewardsConfig(functions=(RewardConfig(use=f"{tmp_path / 'broken.py'}:score"),)), 100)
         try:
             with pytest.raises(ConfigError, match=f"the reward code cannot be loaded: .*{said}"):
                 await rewards.start()
@@ -201,7 +208,9 @@ def test_reward_code_that_cannot_be_loaded_stops_the_start(tmp_path: Path, code:
 
 
 def test_a_worker_imports_nothing_heavy() -> None:
-    code = "import sys, actors.rewards.worker; print([n for n in ('torch', 'numpy', 'vllm') if n in sys.modules])"
+    code = (
+        "import sys, actors.rewards.worker; print([n for n in ('torch', 'numpy', 'vllm', 'sympy') if n in sys.modules])"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
@@ -216,7 +225,7 @@ from tests.test_reward_pool import pid_of_worker, pool
 async def main() -> None:
     async with pool(Path(sys.argv[1]), timeout_s=600.0) as rewards:
         print(await pid_of_worker(rewards), flush=True)
-        await rewards.score(["spin"], {"answer": ""})
+        await rewards.score(["spin"], [[1]], {"answer": ""})
 
 asyncio.run(main())
 """
@@ -246,5 +255,32 @@ def test_a_replacement_that_cannot_be_loaded_is_an_error_of_that_call_and_tried_
                 await values(rewards, "good")
             (tmp_path / "evil.py").write_text(code)
             assert await values(rewards, "good") == [4.0]
+
+    asyncio.run(run())
+
+
+def test_numbers_beside_a_score_come_back_under_the_functions_name(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with pool(tmp_path) as rewards:
+            scored = await rewards.score(["metrics", "ab"], [[1], [2]], {"answer": "#### 2"})
+            assert scored.values == [[0.0, 0.0], [1.0, 2.0]]
+            assert scored.metrics == [{"evil:score/acc": 1.0}, {}]
+
+    asyncio.run(run())
+
+
+def test_hostile_mathematics_costs_one_deadline_and_is_no_zero() -> None:
+    settings = RewardsConfig(functions=(RewardConfig(use="math_accuracy"),), timeout_s=4.0)
+
+    async def run() -> None:
+        rewards = RewardPool(settings, 100)
+        await rewards.start()
+        try:
+            with pytest.raises(RewardFailed, match="math_accuracy gave no answer within 4 s"):
+                await rewards.score([r"\boxed{9^{9^{9^{9}}}}"], [[1]], {"answer": "1"})
+            rewards_after = await rewards.score([r"\boxed{1}"], [[1]], {"answer": "1"})
+            assert rewards_after.values == [[1.0]]
+        finally:
+            await rewards.close()
 
     asyncio.run(run())

@@ -68,3 +68,19 @@ def test_each_host_uses_its_own_files_in_the_runs_order_with_the_runs_weights() 
 def test_on_the_runs_own_host_nothing_changes() -> None:
     run = RewardsConfig(functions=(RewardConfig(use="gsm8k"), RewardConfig(use="/run/a.py:score")))
     assert with_files(run, [function.use for function in run.functions]) == run
+
+
+def test_code_of_a_module_counts_by_its_content_and_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "their_rewards"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    in_file = code(package, "one.py")
+    assert reward_digest(["their_rewards.one:score"]) == reward_digest([in_file]) != ""
+    with pytest.raises(ConfigError, match=r"in a module their_rewards\.two, Python finds none; install it, or put"):
+        reward_digest(["their_rewards.two:score"])
+
+
+def test_a_module_of_the_run_may_be_a_file_on_another_host() -> None:
+    run = RewardsConfig(functions=(RewardConfig(use="pkg.a:score"), RewardConfig(use="gsm8k")))
+    assert [function.use for function in with_files(run, ["/my/a.py:score"]).functions] == ["/my/a.py:score", "gsm8k"]

@@ -1,33 +1,33 @@
-"""Reward functions by name, and how each of the shapes that people bring is called.
+"""Reward functions by name: built in, FILE.py:NAME, or the NAME of a module that Python finds.
 
-Runs in a reward worker. A function is a built-in name or FILE.py:NAME, in one of three shapes, told apart by its
-parameters:
-
-    (completion, answer, ...)                                Tether's own: text in, number out
-    (completions, prompts, **columns)                        TRL's: lists in, list out, all of equal length
-    (data_source, solution_str, ground_truth, extra_info)    verl's compute_score
-
-A value is a number, None (no opinion), or a dict with `score`.
+Runs in a reward worker. A module is imported when a run uses it: math-verify brings sympy, which few runs need.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.rewards.gsm8k import gsm8k, gsm8k_flexible
+from actors.rewards.shapes import Score, per_completion, shaped
 from protocol.errors import ConfigError
-from protocol.rewards import shown_name
+from protocol.rewards import BUILT_IN, is_file, shown_name
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"gsm8k": gsm8k, "gsm8k_flexible": gsm8k_flexible}
-
-Columns = Mapping[str, Any]
-Scores = list[float | None]
+HOMES: Mapping[str, tuple[str, ...]] = {  # module of this package -> its functions
+    "gsm8k": ("gsm8k", "gsm8k_flexible"),
+    "math_accuracy": ("math_accuracy", "math_accuracy_reasoning", "math_accuracy_swift"),
+    "math_dapo": ("math_dapo",),
+    "formats": ("think_format", "think_answer_format"),
+    "cosine": ("cosine", "cosine_swift"),
+    "lengths": ("soft_overlong", "soft_overlong_swift", "length"),
+    "repetition": ("repetition", "repetition_tokens"),
+    "xml": ("xml_count", "xml_soft_format", "xml_strict_format", "xml_int", "xml_correctness"),
+}
+GIVEN = ("completion", "answer", "completion_ids", "max_tokens")  # what a built-in function has without args
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,99 +36,44 @@ class Reward:
 
     name: str
     weight: float
-    score: Callable[[Sequence[str], Columns], Scores]  # completions of one prompt, and its row's columns
+    score: Score
 
 
-def resolve(use: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
-    """Raises ConfigError if there is no such function, or its shape is none we can call."""
-    if use in BUILT_IN:
-        return Reward(use, weight, _per_completion(BUILT_IN[use], arguments))
-    file, _, name = use.partition(":")
-    if not file.endswith(".py") or not name:
+def resolve(use: str, weight: float, arguments: Mapping[str, Any], max_tokens: int) -> Reward:
+    """Raises ConfigError if there is no such function, or its shape is none we can call.
+
+    max_tokens: of a completion in training; what lengths are measured by in evaluations too.
+    """
+    home = next((module for module, names in HOMES.items() if use in names), "")
+    if home:
+        function = getattr(importlib.import_module(f"actors.rewards.{home}"), use)
+        _check_arguments(use, function, arguments)
+        return Reward(use, weight, per_completion(function, arguments, max_tokens))
+    place, _, name = use.partition(":")
+    if not place or not name:
         raise ConfigError(
-            f"expected a reward of {', '.join(BUILT_IN)} or FILE.py:NAME, got {use}; set rewards.functions or --reward"
+            f"expected a reward of {', '.join(BUILT_IN)}, FILE.py:NAME or package.module:NAME, got {use}; "
+            "set rewards.functions or --reward"
         )
-    function = getattr(_load(Path(file)), name, None)
-    if not callable(function):
-        raise ConfigError(f"expected a function {name} in {file}, there is none; set rewards.functions")
-    return Reward(shown_name(use), weight, _shaped(function, arguments, use))
+    brought = getattr(_file(Path(place)) if is_file(use) else _module(place), name, None)
+    if not callable(brought):
+        raise ConfigError(f"expected a function {name} in {place}, there is none; set rewards.functions")
+    return Reward(shown_name(use), weight, shaped(brought, arguments, max_tokens, use))
 
 
-def _shaped(
-    function: Callable[..., Any], arguments: Mapping[str, Any], use: str
-) -> Callable[[Sequence[str], Columns], Scores]:
-    parameters = inspect.signature(function).parameters
-    if "completions" in parameters:
-        return _per_group(function, arguments)
-    if {"solution_str", "ground_truth"} <= set(parameters):
-        return _verl(function, arguments)
-    if "completion" in parameters:
-        return _per_completion(function, arguments)
-    raise ConfigError(
-        f"expected {use} to take (completion, answer), (completions, **columns) or (data_source, solution_str, "
-        f"ground_truth, extra_info), its parameters are ({', '.join(parameters)}); rename them"
-    )
+def _check_arguments(use: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    parameters = {name: each for name, each in inspect.signature(function).parameters.items() if name not in GIVEN}
+    missing = [name for name, each in parameters.items() if each.default is each.empty and name not in arguments]
+    unknown = [name for name in arguments if name not in parameters and name != "max_tokens"]
+    if missing or unknown:
+        seen = f"{', '.join(missing)} is missing" if missing else f"got {', '.join(unknown)}"
+        raise ConfigError(
+            f"expected {use} to have args of {', '.join(parameters) or 'no name'}, {seen}; set args beside its name in "
+            "rewards.functions"
+        )
 
 
-def _per_completion(
-    function: Callable[..., Any], arguments: Mapping[str, Any]
-) -> Callable[[Sequence[str], Columns], Scores]:
-    wanted = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-
-    def score(completions: Sequence[str], columns: Columns) -> Scores:
-        given = {name: value for name, value in columns.items() if takes_all or name in wanted} | dict(arguments)
-        return [value_of(function(completion=text, **given)) for text in completions]
-
-    return score
-
-
-def _per_group(
-    function: Callable[..., Any], arguments: Mapping[str, Any]
-) -> Callable[[Sequence[str], Columns], Scores]:
-    wanted = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-
-    def score(completions: Sequence[str], columns: Columns) -> Scores:
-        named = {"prompts" if name == "prompt" else name: value for name, value in columns.items()}  # as TRL names it
-        given = {name: [value] * len(completions) for name, value in named.items() if takes_all or name in wanted}
-        values = function(completions=list(completions), **given, **arguments)
-        if len(values) != len(completions):
-            raise ValueError(f"{len(completions)} completions were given, {len(values)} scores came back")
-        return [value_of(value) for value in values]
-
-    return score
-
-
-def _verl(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sequence[str], Columns], Scores]:
-    wanted = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-
-    def score(completions: Sequence[str], columns: Columns) -> Scores:
-        known = {
-            "data_source": columns.get("data_source", ""),
-            "ground_truth": columns.get("ground_truth", columns.get("answer")),
-            "extra_info": columns.get("extra_info"),
-        }
-        about = {name: value for name, value in known.items() if takes_all or name in wanted}
-        return [value_of(function(solution_str=text, **about, **arguments)) for text in completions]
-
-    return score
-
-
-def value_of(value: Any) -> float | None:
-    """What a function returned, as a finite number or None. Raises ValueError for anything else."""
-    if isinstance(value, Mapping):
-        value = value.get("score")
-    if value is None:
-        return None
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {number}")
-    return number
-
-
-def _load(file: Path) -> Any:
+def _file(file: Path) -> Any:
     if not file.is_file():
         raise ConfigError(f"expected reward code in {file}, there is no such file; set rewards.functions")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
@@ -140,3 +85,12 @@ def _load(file: Path) -> Any:
     except Exception as error:  # whatever the user's own code raises when it is imported
         raise ConfigError(f"importing {file} raised {type(error).__name__}: {error}; mend the file") from error
     return module
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's own code raises when it is imported
+        raise ConfigError(
+            f"importing {name} raised {type(error).__name__}: {error}; install it, or put its folder into PYTHONPATH"
+        ) from error

@@ -32,25 +32,27 @@ def main() -> None:
     while (call := read(incoming)) is not None:
         try:
             if "functions" in call:
-                rewards = [resolve(use, weight, arguments) for use, weight, arguments in call["functions"]]
+                rewards = [resolve(*function, call["max_tokens"]) for function in call["functions"]]
                 write(outgoing, {"ready": [reward.name for reward in rewards]})
             else:
-                write(outgoing, {"done": score(rewards, call["completions"], call["columns"], outgoing)})
+                write(outgoing, score(rewards, call, outgoing))
         except ConfigError as error:
             write(outgoing, {"failed": str(error)[:2000]})
         except Exception as error:  # reward code is the user's: whatever it raises is an answer, not our end
             write(outgoing, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def score(
-    rewards: list[Reward], completions: list[str], columns: dict[str, Any], outgoing: BinaryIO
-) -> list[list[float | None]]:
-    """Values [functions][completions]."""
-    table = []
+def score(rewards: list[Reward], call: dict[str, Any], outgoing: BinaryIO) -> dict[str, Any]:
+    """Values [functions][completions], and metrics of each completion by FUNCTION/KEY."""
+    values: list[list[float | None]] = []
+    metrics: list[dict[str, float]] = [{} for _ in call["completions"]]
     for reward in rewards:
         write(outgoing, {"calling": reward.name})
-        table.append(reward.score(completions, columns))
-    return table
+        opinions = reward.score(call["completions"], call["completion_ids"], call["columns"])
+        values.append([opinion.value for opinion in opinions])
+        for found, opinion in zip(metrics, opinions, strict=True):
+            found |= {f"{reward.name}/{key}": number for key, number in opinion.metrics.items()}
+    return {"values": values, "metrics": metrics}
 
 
 def read(file: BinaryIO) -> dict[str, Any] | None:

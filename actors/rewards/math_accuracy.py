@@ -1,0 +1,68 @@
+"""Is the completion's mathematical answer equal to the reference? Decided by math-verify.
+
+Runs in a reward worker. The one file that imports math_verify. Its timeouts are off: they are signals, which only a
+main thread may set and which a computation inside C code never sees. A string that takes for ever is ended by the
+worker's deadline instead, and is an error by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+for _name in ("parser", "grader"):
+    logging.getLogger(f"math_verify.{_name}").setLevel(logging.ERROR)  # both warn that their timeouts are off
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_END_OF_REASONING = "</think>"
+_LATEX = LatexExtractionConfig(  # what is boxed before anything else; a bare number is no answer
+    normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+)
+
+
+def math_accuracy(completion: str, answer: Any) -> float | None:
+    r"""1 if what is boxed, or the LaTeX behind "the answer is", equals the reference, else 0 (TRL's accuracy_reward).
+
+    None, no opinion, where the reference itself cannot be read.
+    """
+    gold = parse(_reference(answer), parsing_timeout=None)
+    return _is_equal(gold, _latex(completion)) if gold else None
+
+
+def math_accuracy_reasoning(completion: str, answer: Any) -> float | None:
+    """As `math_accuracy` for what follows the last </think>; 0 without one (TRL's reasoning_accuracy_reward)."""
+    _, closed, rest = completion.rpartition(_END_OF_REASONING)
+    return math_accuracy(rest, answer) if closed else 0.0
+
+
+def math_accuracy_swift(completion: str, answer: Any, unreadable: float | None = None) -> float | None:
+    """As ms-swift's `accuracy`: what stands in <answer>...</answer>, as LaTeX or plain; without tags LaTeX only.
+
+    unreadable: for a reference that cannot be read; ms-swift gives 0, and gave 1 until 2025.
+    """
+    text = _reference(answer)
+    tagged = _ANSWER.search(text)
+    gold = parse(tagged.group(1).strip() if tagged else text, extraction_mode="first_match", parsing_timeout=None)
+    if not gold:
+        return unreadable
+    answered = _ANSWER.search(completion)
+    if answered is None:
+        return _is_equal(gold, _latex(completion))
+    return _is_equal(gold, parse(answered.group(1).strip(), extraction_mode="first_match", parsing_timeout=None))
+
+
+def _reference(answer: Any) -> str:
+    """What follows the last ####, else everything: in a whole solution math-verify may take another number."""
+    return str(answer).rpartition("####")[2]
+
+
+def _latex(text: str) -> Any:
+    return parse(text, extraction_config=[_LATEX], extraction_mode="first_match", parsing_timeout=None)
+
+
+def _is_equal(gold: Any, found: Any) -> float:
+    return float(verify(gold, found, timeout_seconds=None))
