@@ -1,12 +1,40 @@
-"""Trajectories to look at: samples/step_<n>.jsonl. Written by learner rank 0."""
+"""Trajectories to look at: samples/step_<n>.jsonl. Written by learner rank 0, shown by `tools/samples.py`."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from protocol.types import Share, ShareItem
+
+
+def sample_fields(
+    share: Share, item: ShareItem, functions: Sequence[str], prompt: str, completion: str
+) -> dict[str, Any]:
+    """One line of the file: plain data. `prompt` and `completion` are the texts of the item's tokens."""
+    by_function = share.function_rewards[:, item.group, item.sample]
+    of_group = share.baseline_rewards[item.group]
+    return {
+        "step": share.step,
+        "prompt_number": item.prompt,
+        "sample": item.sample,
+        "prompt": prompt,
+        "completion": completion,
+        "reward": float(share.rewards[item.group, item.sample]),
+        "rewards": {
+            name: None if np.isnan(value) else float(value) for name, value in zip(functions, by_function, strict=True)
+        },
+        "group_rewards": of_group[~np.isnan(of_group)].tolist(),
+        "prompt_tokens": len(item.prompt_tokens),
+        "completion_tokens": len(item.completion.tokens),
+        "finish_reason": item.completion.finish_reason.value,
+        "versions": [list(span) for span in item.completion.spans],
+    }
 
 
 def write_samples(run_folder: Path, step: int, samples: Iterable[Mapping[str, Any]]) -> Path:
