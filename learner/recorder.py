@@ -22,7 +22,7 @@ from learner.link import Link, Standing, Taken
 from learner.metrics import MetricsWriter, cut_lines
 from learner.models import Models
 from learner.ranks import Ranks
-from learner.samples import sample_fields, write_samples
+from learner.samples import cut_samples, sample_fields, spread, write_samples
 from protocol.config import Config
 from protocol.messages import Evaluation
 from protocol.rewards import weighted_functions
@@ -57,6 +57,7 @@ class Recorder:
         if ranks.is_first:
             cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
             cut_lines(run_dir / SKIPPED_FILE, start.version, "step")
+            cut_samples(run_dir, start.version)
             self.num_skipped = _num_skipped(run_dir / SKIPPED_FILE)
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
@@ -147,7 +148,7 @@ class Recorder:
 
         return [
             sample_fields(share, item, names, text(item.prompt_tokens), text(item.completion.tokens))
-            for item in share.items[: self._config.run.samples_per_step]
+            for item in spread(share.items, self._config.run.samples_per_step)
         ]
 
 

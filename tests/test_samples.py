@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learner.samples import sample_fields, write_samples
+from learner.samples import cut_samples, sample_fields, spread, write_samples
 from protocol.errors import Exit
 from protocol.types import Completion, FinishReason, Share, ShareItem, VersionSpan
 from tools.samples import main
@@ -71,6 +71,24 @@ def test_a_sample_has_its_rewards_by_function_its_groups_rewards_its_versions_an
         "finish_reason": "length",
         "versions": [[3, 0, 2], [4, 2, 3]],
     }
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"),
+    [(0, []), (1, [(0, 0)]), (3, [(0, 0), (1, 0), (2, 0)]), (9, [(g, s) for g in (0, 1, 2) for s in (0, 1)])],
+)
+def test_samples_are_spread_over_the_groups_whatever_their_length(count: int, chosen: list[tuple[int, int]]) -> None:
+    nothing = np.zeros(0, np.int32)
+    completion = Completion(nothing, np.zeros(0, np.float32), (), FinishReason.STOP)
+    places = [(2, 1), (0, 0), (1, 1), (0, 1), (2, 0), (1, 0)]
+    items = [ShareItem(group, number, 50 + group, nothing, completion) for group, number in places]
+    assert [(item.group, item.sample) for item in spread(items, count)] == chosen
+
+
+def test_samples_of_steps_that_are_made_again_go_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut_samples(run, 2)
+    assert shown(run, capsys) == [0, 1]
+    cut_samples(run / "nowhere", 0)
 
 
 def test_the_newest_step_comes_first_and_four_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
