@@ -117,7 +117,7 @@ class LearnerDesk:
         ledger = msgpack.packb(scheduler.ledger.snapshot())
         numbers = batch_numbers(run, batch, now)
         config = run.config
-        names = [name for name, _ in weighted_functions(config)] if config.algorithm.advantage == "gdpo" else []
+        names = [name for name, _ in weighted_functions(config)]
         for share in cut_shares(
             run.epoch,
             batch.step,

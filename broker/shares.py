@@ -35,8 +35,8 @@ def cut_shares(
 ) -> list[Share]:
     """The shares of ranks 0 .. num_ranks - 1: each completion goes whole to one rank; a rank may get none.
 
-    `functions`: those whose rewards the learner needs one by one. `has_greedy`: sample G of each prompt is a baseline,
-    of which the learner needs the reward alone.
+    `functions`: those whose rewards travel one by one. `has_greedy`: sample G of each prompt is a baseline, of which
+    the learner needs the reward alone.
     """
     greedy_rewards = _greedy_rewards(groups, group_size) if has_greedy else np.zeros(0, np.float32)
     groups = [_without_greedy(group, group_size) for group in groups]

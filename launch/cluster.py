@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -31,7 +31,8 @@ from launch.devices import detect
 from launch.flags import CommandLine, parse
 from launch.make import make
 from launch.plan import Devices, Paths, Plan, implied_settings, plan
-from launch.run_folder import RunFolder, check_run, choose_addresses, free_ports, newest_run
+from launch.resumption import AUTO, Resumption, go_back, resumption, unfinished
+from launch.run_folder import RunFolder, choose_addresses, free_ports
 from launch.status_file import StatusFile
 from launch.summary import summary
 from launch.supervisor import Supervisor, Verdict
@@ -50,6 +51,15 @@ TICK_S = 0.1
 DRAW_EVERY = 4  # ticks
 
 
+class Start(NamedTuple):
+    """What a command line comes to."""
+
+    settings: Settings
+    run_dir: Path
+    to_make: str  # what the recipe of a new run wants made first
+    resumption: Resumption | None = None  # None: a new run
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -63,15 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    settings, run_dir, to_make = _settings(command, environ)
+    settings, run_dir, to_make, resumed = _start(command, environ)
     check_rewards([function.use for function in settings.config.rewards.functions])
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
     settings = settings.override(implied_settings(settings.config, devices))
-    resume = command.resume is not None
     paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
-    planned = plan(settings.config, devices, paths, resume=resume)
+    planned = plan(settings.config, devices, paths, resume=resumed is not None)
     if not to_make:
         preflight.check(settings.config)
     if command.dry_run:
@@ -81,7 +90,9 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
         return int(Exit.DONE)
 
     addresses = choose_addresses(settings.config.network.bind)
-    folder = RunFolder.reopen(run_dir) if resume else RunFolder.create(run_dir)
+    folder = RunFolder.reopen(run_dir) if resumed else RunFolder.create(run_dir)
+    if resumed and resumed.checkpoint:
+        print(go_back(resumed.checkpoint))
     if to_make:
         settings = make(to_make, settings, run_dir / "task", REPOSITORY)
         preflight.check(settings.config)
@@ -128,31 +139,31 @@ async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: 
     return verdict
 
 
-def _settings(command: CommandLine, environ: Mapping[str, str]) -> tuple[Settings, Path, str]:
-    """The run's settings, its folder, and what its recipe wants made first."""
+def _start(command: CommandLine, environ: Mapping[str, str]) -> Start:
+    """What the command line asks for: a new run, or to go on with one."""
     outer = [*from_environment(environ), *command.values]
-    if command.resume is not None:
-        given = build(outer).config.run
-        run_dir = (
-            Path(command.resume)
-            if command.resume
-            else Path(given.out, given.name)
-            if given.name
-            else newest_run(Path(given.out))
-        )
+    if command.resume not in (None, AUTO):
         if command.recipe:
             raise ConfigError("--resume goes on with the settings that the run has; leave --recipe out")
-        check_run(run_dir)
-        return _absolute(build(read_saved(run_dir / "config.yaml"), outer)), run_dir.resolve(), ""
+        given = build(outer).config.run
+        return _go_on(resumption(command.resume, Path(given.out), given.name), outer)
     wanted = command.recipe or ("" if {value.key for value in outer} & {"model.path", "data.train"} else DEFAULT_RECIPE)
     recipe = read_recipe(find_recipe(wanted)) if wanted else None
     settings = _absolute(build(recipe.values if recipe else [], outer))
-    label = Path(wanted).stem if wanted else "run"
-    name = settings.config.run.name or f"{label}-{time.strftime('%m%d-%H%M%S')}"
-    run_dir = Path(settings.config.run.out, name).resolve()
-    if not settings.config.run.name:
-        settings = settings.override([Value("run.name", name, "recipe and time")])
-    return settings, run_dir, recipe.make if recipe else ""
+    out, name = Path(settings.config.run.out), settings.config.run.name
+    label = name or (Path(wanted).stem if wanted else "run")
+    if command.resume == AUTO and (found := unfinished(out, label)):
+        return _go_on(Resumption(found), [value for value in outer if value.key != "run.name"])
+    if not name or (command.resume == AUTO and (out / name / "config.yaml").exists()):
+        name = f"{label}-{time.strftime('%m%d-%H%M%S')}"
+        settings = settings.override([Value("run.name", name, "name and time")])
+    return Start(settings, (out / name).resolve(), recipe.make if recipe else "")
+
+
+def _go_on(from_there: Resumption, outer: Sequence[Value]) -> Start:
+    """A run goes on with the settings that it has, and those of this start over them."""
+    settings = _absolute(build(read_saved(from_there.run_dir / "config.yaml"), outer))
+    return Start(settings, from_there.run_dir.resolve(), "", from_there)
 
 
 def find_recipe(name: str) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from launch.resumption import NEVER
 from protocol.errors import ConfigError
 from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, describe, is_section, known_keys, nearest, unknown
@@ -46,7 +47,9 @@ GROUPS = {
 
 OWN = {
     "--recipe": "start from a recipe: a name in launch/recipes, or a YAML file",
-    "--resume": "go on with the run in DIR (default: --run-name's, else the newest) with the settings it has",
+    "--resume": "go on with the run in PATH, or from its checkpoint PATH, with the settings it has (without a value: "
+    "--run-name's, else the newest run); auto: with the newest of this name that is not complete, else a new one; "
+    "never: a new one",
     "--dry-run": "print processes, devices and the arithmetic of a step, and start nothing",
     "--json": "with --dry-run: as JSON",
 }
@@ -56,7 +59,7 @@ OWN = {
 @dataclass(frozen=True, slots=True)
 class CommandLine:
     recipe: str
-    resume: str | None  # None: a new run; "": the newest
+    resume: str | None  # as `launch/resumption.py` has it; None: never, "": without a value
     dry_run: bool
     as_json: bool
     values: list[Value]  # the layer of settings that the flags are
@@ -74,7 +77,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
         elif value not in (None, [], False):
             values.append(from_text(key, value, flag) if metavar else Value(key, True, flag))
     values += _dotted(rest)
-    return CommandLine(known.recipe, known.resume, known.dry_run, known.json, values)
+    resume = None if known.resume == NEVER else known.resume
+    return CommandLine(known.recipe, resume, known.dry_run, known.json, values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
                 group.add_argument(flag, action="store_true", help=text)
     own = parser.add_argument_group("this command")
     own.add_argument("--recipe", metavar="R", default="", help=OWN["--recipe"])
-    own.add_argument("--resume", metavar="DIR", nargs="?", const="", help=OWN["--resume"])
+    own.add_argument("--resume", metavar="auto|never|PATH", nargs="?", const="", help=OWN["--resume"])
     own.add_argument("--dry-run", action="store_true", help=OWN["--dry-run"])
     own.add_argument("--json", action="store_true", help=OWN["--json"])
     return parser

@@ -64,16 +64,6 @@ def check_run(path: Path) -> None:
         )
 
 
-def newest_run(out: Path) -> Path:
-    """The run that was started or resumed last. Raises ConfigError if there is none."""
-    found = sorted(out.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ConfigError(
-            f"expected a run to resume below {out}, found none; start one, or name its folder with --resume DIR"
-        )
-    return found[-1].parent
-
-
 def choose_addresses(bind: str) -> Addresses:
     """Where the broker will listen: `bind`, or free ports of the loopback. Raises RunLocked if a port is taken."""
     if not bind:

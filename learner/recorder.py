@@ -22,9 +22,10 @@ from learner.link import Link, Standing, Taken
 from learner.metrics import MetricsWriter, cut_lines
 from learner.models import Models
 from learner.ranks import Ranks
-from learner.samples import write_samples
+from learner.samples import cut_samples, sample_fields, spread, write_samples
 from protocol.config import Config
 from protocol.messages import Evaluation
+from protocol.rewards import weighted_functions
 from protocol.types import Share, Tokens
 
 log = logging.getLogger("tether.recorder")
@@ -56,6 +57,7 @@ class Recorder:
         if ranks.is_first:
             cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
             cut_lines(run_dir / SKIPPED_FILE, start.version, "step")
+            cut_samples(run_dir, start.version)
             self.num_skipped = _num_skipped(run_dir / SKIPPED_FILE)
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
@@ -73,7 +75,8 @@ class Recorder:
         curves["weights/bytes"] = float(self._announcer.snapshot_bytes)
         self._writer.write(share.step, curves)
         self._link.heartbeat_numbers = {name: curves[name] for name in SHOWN if name in curves}
-        write_samples(self._run_dir, share.step, self._samples(share))
+        if share.step % self._config.run.samples_every == 0:
+            write_samples(self._run_dir, share.step, self._samples(share))
         self.evaluations()
 
     def skipped_update(
@@ -138,22 +141,14 @@ class Recorder:
 
     def _samples(self, share: Share) -> list[dict[str, Any]]:
         assert self._tokenizer is not None
+        names = [name for name, _ in weighted_functions(self._config)]
 
         def text(tokens: Tokens) -> str:
             return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
 
         return [
-            {
-                "step": share.step,
-                "prompt_number": item.prompt,
-                "sample": item.sample,
-                "prompt": text(item.prompt_tokens),
-                "completion": text(item.completion.tokens),
-                "reward": float(share.rewards[item.group, item.sample]),
-                "finish_reason": item.completion.finish_reason.value,
-                "versions": [list(span) for span in item.completion.spans],
-            }
-            for item in share.items[: self._config.run.samples_per_step]
+            sample_fields(share, item, names, text(item.prompt_tokens), text(item.completion.tokens))
+            for item in spread(share.items, self._config.run.samples_per_step)
         ]
 
 

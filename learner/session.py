@@ -11,7 +11,6 @@ import os
 import shutil
 from pathlib import Path
 
-from learner import checkpoint
 from learner.announcer import Announcer
 from learner.link import Link, Standing
 from learner.models import Models
@@ -22,6 +21,7 @@ from learner.states import State, StateClock
 from learner.trainer import Ended, Trainer
 from learner.warmup import WarmupStep, warm_up
 from protocol.addresses import Addresses
+from protocol.checkpoints import PREFIX, latest_valid, step_of
 from protocol.config import Config
 from protocol.examples import WARMUP_FILE, read_examples
 from protocol.keys import read_client_key
@@ -71,15 +71,15 @@ def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
 
 def _resume(run_dir: Path, models: Models, ranks: Ranks) -> Standing | None:
     """Rank 0 chooses the checkpoint; without a valid one (None) the run starts from its beginning, and says so."""
-    found = checkpoint.latest_valid(run_dir / "checkpoints") if ranks.is_first else None
+    found = latest_valid(run_dir / "checkpoints") if ranks.is_first else None
     for damage in found.damaged if found else ():
         log.error("this checkpoint is damaged and not used: %s", damage)
-    step = int(found.path.name.removeprefix("step_")) if found and found.path else -1
+    step = step_of(found.path) if found and found.path else -1
     step = ranks.first_rank_says(step)
     if step < 0:
         log.warning("no checkpoint to resume from: starting from the beginning")
         return None
-    extras = models.load(run_dir / "checkpoints" / f"step_{step}")
+    extras = models.load(run_dir / "checkpoints" / f"{PREFIX}{step}")
     log.info("resuming from the checkpoint of version %d", extras["version"])
     return Standing(extras["version"], -1, extras["ledger"], extras["skipped"])
 

@@ -362,7 +362,7 @@ class SharePage(Message):
     remainder_groups: I32
     """Page 0."""
     function_rewards: F32Cube
-    """Page 0, of gdpo."""
+    """Page 0."""
     greedy_rewards: F32
     """Page 0, of remax."""
     ledger: Annotated[bytes, Field(max_length=1 << 20)] = b""

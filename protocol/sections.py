@@ -218,4 +218,6 @@ class RunConfig(Section):
     drain_s: PositiveFloat = 60.0
     """How long the first Ctrl-C lets running work end before a checkpoint is written."""
     samples_per_step: NonNegativeInt = 4
-    """Trajectories written to samples/ at each step."""
+    """Trajectories written to samples/ at a step."""
+    samples_every: PositiveInt = 1
+    """They are written at every so many steps, the first among them."""

@@ -146,7 +146,7 @@ class Share:
     )  # rows of the reward table whose tokens older than S are left out of the loss
     function_rewards: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros((0, 0, 0), np.float32)
-    )  # [functions, groups, G], NaN: missing, or no opinion; only where the advantage is gdpo
+    )  # [functions, groups, G], before weighting; NaN: missing, or no opinion
     greedy_rewards: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros(0, np.float32)
     )  # [groups], NaN: missing; only where the advantage is remax

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from learner import checkpoint
-from learner.checkpoint import damage, latest_valid, load, save
+from learner.checkpoint import load, save
 from learner.policy import Policy
 from learner.ranks import Ranks
+from protocol.checkpoints import Found, damage, latest_valid
 from protocol.errors import ConfigError
 from tests.learning import (
     RATE,
@@ -164,7 +165,7 @@ def test_a_half_written_checkpoint_is_never_looked_at_and_goes_with_the_next(
 
     policy = trained(model, ranks, steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_seal", crash)
+        patched.setattr(checkpoint, "seal", crash)
         with pytest.raises(OSError, match="power cut"):
             save(three, 12, policy, EXTRAS, 3, ranks)
     assert (three / "tmp-step_12" / "hf" / "model.safetensors").exists()
@@ -183,7 +184,7 @@ def test_checkpoints_of_a_course_that_was_left_are_removed(model: str, ranks: Ra
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert latest_valid(tmp_path / "nowhere") == checkpoint.Found(None, ())
+    assert latest_valid(tmp_path / "nowhere") == Found(None, ())
 
 
 def test_a_checkpoint_of_another_model_is_refused(

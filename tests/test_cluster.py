@@ -21,7 +21,8 @@ from launch.cluster import main
 from launch.flags import parse
 from launch.make import make
 from launch.preflight import check, check_model, check_packages, check_shared_memory
-from launch.run_folder import RunFolder, choose_addresses, newest_run
+from launch.resumption import newest_run
+from launch.run_folder import RunFolder, choose_addresses
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError

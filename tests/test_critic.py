@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from learner import checkpoint
 from learner.batches import MicroBatch, pack, spread
 from learner.critic import Critic
 from learner.losses import LossAndSums
 from learner.models import Models
 from learner.ranks import Ranks
+from protocol.checkpoints import latest_valid
 from protocol.errors import ConfigError
 from tests.critics import (
     critic_config,
@@ -133,7 +133,7 @@ def test_a_resumed_critic_goes_on_bit_for_bit(tied: str, ranks: Ranks, tmp_path:
     models, resumed = Models.open(config, ranks), Models.open(config, ranks)
     learned(models, ranks, range(3))
     path = models.save(tmp_path, 3, {"version": 3}, 1, ranks)
-    assert checkpoint.latest_valid(tmp_path).path == path
+    assert latest_valid(tmp_path).path == path
     assert resumed.load(path)["version"] == 3
     assert models.critic is not None
     assert resumed.critic is not None

@@ -21,6 +21,7 @@ from learner import checkpoint
 from learner.policy import Policy
 from learner.ranks import Ranks
 from protocol import settings
+from protocol.checkpoints import damage
 from protocol.errors import Exit
 from tests.cluster_process import ClusterProcess, fast_flags, ledger_of, make_task, samples_of, steps_of
 
@@ -111,7 +112,7 @@ def test_its_checkpoints_verify_and_the_last_one_loads(ran: Ran, ranks: Ranks) -
     folder = ran.run_dir / "checkpoints"
     steps = sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
     assert steps == [NUM_STEPS - 10, NUM_STEPS - 5, NUM_STEPS]
-    assert [checkpoint.damage(folder / f"step_{step}") for step in steps] == [""] * KEPT
+    assert [damage(folder / f"step_{step}") for step in steps] == [""] * KEPT
     config = settings.load(ran.run_dir / "config.yaml")
     policy = Policy.open(config, config.model.path, ranks)
     extras = checkpoint.load(folder / f"step_{NUM_STEPS}", policy)

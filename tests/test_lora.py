@@ -28,6 +28,7 @@ from learner.preparation import Preparation
 from learner.publisher import Publisher
 from learner.ranks import Ranks
 from learner.warmup import warm_up
+from protocol.checkpoints import latest_valid
 from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.types import Completion, SamplingParams
@@ -254,7 +255,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_from_a_base_that_a_warm_start_made(
     assert_equal(base_of(models.policy), warmed)
     train_step(models.policy, ranks, random_rows(1, 6))
     path = models.save(tmp_path, 1, {"version": 1}, 1, ranks)
-    assert checkpoint.latest_valid(tmp_path).path == path
+    assert latest_valid(tmp_path).path == path
     assert sum(file.stat().st_size for file in path.glob("training-*")) < 200_000, "of adapters alone"
 
     resumed = Models.open(run, ranks)

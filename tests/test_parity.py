@@ -234,6 +234,10 @@ def as_samples(
             "prompt": tokenizer.decode(prompt.tokens.tolist(), skip_special_tokens=False),
             "completion": tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=False),
             "reward": float(rewards.flat[place]),
+            "rewards": {"slow:score": float(rewards.flat[place])},
+            "group_rewards": rewards[place // GROUP].tolist(),
+            "prompt_tokens": len(prompt.tokens),
+            "completion_tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason.value,
             "versions": [[step, 0, len(completion.tokens)]],
         }

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner import checkpoint
 from learner.batches import pack
 from learner.models import Models
 from learner.ranks import Ranks
 from learner.reference import Reference, rounded_by_chance
+from protocol.checkpoints import latest_valid
 from protocol.config import Config
 from protocol.errors import ConfigError
 from tests.learning import config, model_folder, train_step
@@ -116,7 +116,7 @@ def test_one_that_moved_comes_back_from_a_checkpoint_with_the_coefficient(
     reference.follow(models.policy, 0.5)
     models.kl.update(1.0, 5)
     path = models.save(tmp_path, 1, {"version": 1}, 1, ranks)
-    assert checkpoint.latest_valid(tmp_path).path == path
+    assert latest_valid(tmp_path).path == path
     others, other = opened(model, ranks, loaded, dtype=dtype, kl=adaptive)
     extras = others.load(path)
     assert extras["version"] == 1
