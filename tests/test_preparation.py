@@ -19,7 +19,7 @@ from learner.models import Models
 from learner.preparation import Preparation
 from learner.ranks import Ranks
 from protocol.config import Config
-from protocol.types import Share
+from protocol.types import FinishReason, Share
 from tests.batch_shares import STEP, random_share
 from tests.critics import give_head, slow_values
 from tests.learning import config as small_config
@@ -200,6 +200,17 @@ def test_kl_in_the_reward_is_taken_off_token_by_token(model: str, ranks: Ranks, 
     std = (sum((value - mean) ** 2 for value in every) / (len(every) - 1) + 1e-8) ** 0.5
     wanted = sorted((value - mean) / std for value in every)
     assert sorted(all_columns(mini_batch.micro_batches, "advantages")) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_a_batch_without_a_token_in_the_loss_has_no_kl_to_the_reference(model: str, ranks: Ranks, share: Share) -> None:
+    """A 0 would lower an adaptive coefficient."""
+    cut_off = [replace(item.completion, finish_reason=FinishReason.LENGTH) for item in share.items]
+    items = tuple(replace(item, completion=completion) for item, completion in zip(share.items, cut_off, strict=True))
+    algorithm = {"advantage": "reinforce_plus_plus", "overlong": "mask"}
+    _, preparation = opened(model, ranks, algorithm=algorithm, kl={"coef": 0.5, "place": "reward"})
+    prepared = preparation.prepare(replace(share, items=items))
+    assert prepared.reward_kl is not None
+    assert np.isnan(prepared.reward_kl)
 
 
 def test_kl_in_the_loss_reads_the_reference_and_its_coefficient(model: str, ranks: Ranks, share: Share) -> None:
