@@ -26,7 +26,7 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
         model_path=model,
         max_model_len=config.data.max_prompt_tokens + sampled,
         dtype=dtype,
-        device="cpu" if device == "cpu" else "cuda",
+        device=device,
         seed=seed,
         max_num_seqs=config.generators.max_running,
         lora_rank=config.lora.rank,

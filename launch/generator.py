@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 from launch.log_lines import log_to_stderr
 from protocol import settings
+from protocol.accelerators import DEVICES
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
 from protocol.errors import Exit, PeerTimeout, TetherError
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--run-dir", type=Path, help="a run on this host")
     parser.add_argument("--key", type=Path, help="key file; RUN/keys/generator.key of the run's host")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default: as the run does")
+    parser.add_argument("--device", choices=DEVICES, help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
     args = parser.parse_args(argv)
     if args.connect and not args.key:

@@ -212,7 +212,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Of sampling, data order and made models."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
-    """Where learner and generators compute. npu is planned for and has not been run yet."""
+    """Where to compute; AMD is cuda too. auto: the first of NVIDIA, AMD, Ascend that has a card, else cpu."""
     share_gpu: bool = False
     """Learner and generators share one card."""
     drain_s: PositiveFloat = 60.0

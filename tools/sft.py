@@ -8,6 +8,7 @@ FOLDER becomes a model folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -21,8 +22,9 @@ if __package__ in (None, ""):
 
     use_own_python()
 
+from protocol.accelerators import CPU, DEVICES, ORDER, import_torch_plugin
 from protocol.config import Config
-from protocol.errors import ConfigError, TetherError
+from protocol.errors import ConfigError, PreflightError, TetherError
 from protocol.examples import Example
 from protocol.sections import WarmupConfig
 
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=WarmupConfig().batch_size, help="rows of one step")
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="DeepSpeed's ZeRO stage")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    parser.add_argument("--device", default="auto", choices=("auto", *DEVICES))
     try:
         train(parser.parse_args(argv))
     except TetherError as error:
@@ -139,9 +141,12 @@ def tokenised(rows: list[tuple[str | list[Any], str]], model: str) -> list[Examp
 def found_device() -> str:
     import torch
 
-    return next(
-        (name for name in ("cuda", "npu") if hasattr(torch, name) and getattr(torch, name).is_available()), "cpu"
-    )
+    for accelerator in ORDER:
+        with contextlib.suppress(PreflightError):  # the package that makes it known to torch is not here
+            import_torch_plugin(accelerator.device)
+            if torch.get_device_module(accelerator.device).is_available():
+                return accelerator.device
+    return CPU.device
 
 
 if __name__ == "__main__":
