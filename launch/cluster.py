@@ -30,7 +30,7 @@ from launch.console import Console, open_screen
 from launch.devices import detect
 from launch.flags import CommandLine, parse
 from launch.make import make
-from launch.plan import Devices, Paths, Plan, implied_settings, plan
+from launch.plan import SHARED, Devices, Paths, Plan, implied_settings, plan
 from launch.resumption import AUTO, Resumption, go_back, resumption, unfinished
 from launch.run_folder import RunFolder, choose_addresses, free_ports
 from launch.status_file import StatusFile
@@ -78,9 +78,11 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
-    settings = settings.override(implied_settings(settings.config, devices))
+    preflight.check_device(settings.config, devices, environ)
+    shape = preflight.model_shape(settings.config.model.path) if settings.config.run.share_gpu else None
+    settings = settings.override(implied_settings(settings.config, devices, shape))
     paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
-    planned = plan(settings.config, devices, paths, resume=resumed is not None)
+    planned = plan(settings.config, devices, paths, resume=resumed is not None, shape=shape)
     if not to_make:
         preflight.check(settings.config)
     if command.dry_run:
@@ -96,6 +98,8 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
     if to_make:
         settings = make(to_make, settings, run_dir / "task", REPOSITORY)
         preflight.check(settings.config)
+    for line in _columns(planned.memory):
+        print(line)
     folder.write(settings, ["python", "launch/cluster.py", *arguments], addresses)
     return asyncio.run(_supervise(planned, settings, run_dir, environ)).code
 
@@ -162,7 +166,8 @@ def _start(command: CommandLine, environ: Mapping[str, str]) -> Start:
 
 def _go_on(from_there: Resumption, outer: Sequence[Value]) -> Start:
     """A run goes on with the settings that it has, and those of this start over them."""
-    settings = _absolute(build(read_saved(from_there.run_dir / "config.yaml"), outer))
+    saved = [value for value in read_saved(from_there.run_dir / "config.yaml") if value.origin != SHARED]
+    settings = _absolute(build(saved, outer))
     return Start(settings, from_there.run_dir.resolve(), "", from_there)
 
 
@@ -204,9 +209,13 @@ def _absolute(settings: Settings) -> Settings:
 def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:
     lines = [f"{run_dir} (nothing is started)", ""]
     lines += [f"{process.name:<13} {process.device:<10} {' '.join(process.argv)}" for process in planned.processes]
-    lines += ["", *(f"{topic:<11} {sentence}" for topic, sentence in planned.notes), ""]
+    lines += ["", *_columns([*planned.notes, *planned.memory]), ""]
     given = [(value.key, value.value, value.origin) for value in settings.values.values()]
     return "\n".join([*lines, *(f"{key} = {value}  ({origin})" for key, value, origin in given)])
+
+
+def _columns(notes: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{topic:<11} {sentence}" for topic, sentence in notes]
 
 
 def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path) -> str:
@@ -218,6 +227,7 @@ def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path)
             for p in planned.processes
         ],
         "notes": dict(planned.notes),
+        "memory": {topic.strip(): sentence for topic, sentence in planned.memory},
         "settings": settings.config.model_dump(mode="json"),
         "origins": {key: origin for key in known_keys() if (origin := settings.origin(key)) != DEFAULT},
     }

@@ -99,7 +99,7 @@ def test_a_dry_run_prints_processes_arithmetic_and_origins(capsys: pytest.Captur
         (("--zero", "7"), Exit.SETTINGS, "learner.zero must be less than or equal to 3, got 7 (--zero)"),
         (("--recipe", "no_such_thing"), Exit.SETTINGS, "expected a recipe's name or file behind --recipe"),
         (("--model", "./nowhere"), Exit.SETTINGS, "found no folder ./nowhere; set --model"),
-        (("--device", "npu"), Exit.PREFLIGHT, "--device npu needs a card, none is visible"),
+        (("--device", "npu"), Exit.PREFLIGHT, "needs a card, none is visible: there must be one that npu-smi shows"),
         (("--resume", "nowhere"), Exit.SETTINGS, "expected a run with a config.yaml to resume"),
         (("--resume",), Exit.SETTINGS, "expected a run to resume below runs, found none"),
     ],
