@@ -66,8 +66,8 @@ def _lacking(config: Config, devices: Devices, environ: Mapping[str, str]) -> li
     if accelerator.toolkit and not any(environ.get(name) for name in accelerator.toolkit_variables):
         names = " nor ".join(accelerator.toolkit_variables)
         lacks.append(f"needs {accelerator.toolkit} (neither {names} is set)")
-    if accelerator.device == "cuda" and (version := _cpu_build("torch")):
-        lacks.append(f"needs a torch that was built for it, found {version}; run TETHER_DEVICE=cuda make setup")
+    if accelerator.torch_build and (version := _cpu_build("torch")):
+        lacks.append(f"needs a torch that was built for it, found {version}: {accelerator.torch_build}")
     return lacks
 
 

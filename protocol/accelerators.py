@@ -54,6 +54,7 @@ class Accelerator:
     outer_mask: str = ""  # one that is applied before them: they count the cards that it leaves, from 0
     environment: Mapping[str, str] = field(default_factory=dict)  # what makes the numbers in `masks` those of the tools
     tools: tuple[Tool, ...] = ()  # the first that shows a card is believed
+    torch_build: str = ""  # how to get a torch that was built for it; "": the CPU's does, with the plugin
     torch_plugin: Package | None = None  # makes `device` known to torch
     vllm_plugin: Package | None = None  # makes it known to vLLM
     toolkit_variables: tuple[str, ...] = ()  # one of them is set where the vendor's toolkit is in use
@@ -143,6 +144,7 @@ CUDA = Accelerator(
     masks=("CUDA_VISIBLE_DEVICES",),
     environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},  # as nvidia-smi counts; else the fastest card is 0
     tools=(Tool((NVIDIA_SMI,), read_nvidia_smi),),
+    torch_build="TETHER_DEVICE=cuda make setup",
 )
 ROCM = Accelerator(
     kind="rocm",
@@ -151,6 +153,7 @@ ROCM = Accelerator(
     masks=("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
     outer_mask="ROCR_VISIBLE_DEVICES",
     tools=(Tool((AMD_SMI,), read_amd_smi), Tool((ROCM_SMI,), read_rocm_smi)),
+    torch_build="install torch and vllm as built for ROCm (docs/devices.md)",
 )
 NPU = Accelerator(
     kind="npu",

@@ -12,18 +12,7 @@ from launch.devices import detect, visible
 from launch.plan import Devices
 from protocol.accelerators import CUDA, NPU, ROCM, Card, backend_of, read_amd_smi, read_npu_smi, read_rocm_smi
 from protocol.errors import ConfigError, PreflightError
-from tests.vendor_tools import (
-    NPU_MAP,
-    NPU_TABLE,
-    add_npu,
-    add_nvidia,
-    add_rocm,
-    add_tool,
-    path_with,
-)
-from tests.vendor_tools import (
-    ROCM as ROCM_ANSWER,
-)
+from tests.vendor_tools import NPU_MAP, NPU_TABLE, ROCM_CARDS, add_npu, add_nvidia, add_rocm, add_tool, path_with
 
 FOUR = [Card(str(i), "card", uuid=f"GPU-{i:04}") for i in range(4)]
 
@@ -87,8 +76,8 @@ def test_amd_smi_is_read_in_both_shapes_that_it_has_had() -> None:
 
 
 def test_rocm_smi_cards_come_by_number_whatever_the_capitals() -> None:
-    assert [(card.index, card.uuid) for card in read_rocm_smi(ROCM_ANSWER)] == [("0", "GPU-A0A"), ("1", "GPU-B0B")]
-    assert {card.name for card in read_rocm_smi(ROCM_ANSWER)} == {"AMD Instinct MI300X"}
+    assert [(card.index, card.uuid) for card in read_rocm_smi(ROCM_CARDS)] == [("0", "GPU-A0A"), ("1", "GPU-B0B")]
+    assert {card.name for card in read_rocm_smi(ROCM_CARDS)} == {"AMD Instinct MI300X"}
 
 
 def test_npu_chips_are_read_by_their_logic_id_in_both_widths_of_the_table() -> None:

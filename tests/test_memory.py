@@ -13,14 +13,18 @@ import torch
 import transformers
 
 from launch.cluster import main
+from launch.flags import parse
 from launch.memory import GIB, MemorySplit, learner_parts
 from launch.model_shape import ModelShape
 from launch.plan import SHARED, Devices, Paths, implied_settings, plan
 from launch.preflight import model_shape
+from launch.run_folder import RunFolder
+from launch.supervisor import Verdict
 from learner.batches import empty_micro_batch
 from learner.policy import Policy
 from learner.ranks import Ranks
 from protocol.accelerators import Card
+from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import Exit, PreflightError
 from protocol.settings import build
@@ -36,6 +40,16 @@ def config(*, vllm: dict[str, Any] | None = None, count: int = 1, **sections: An
     """Of a run on a shared card, with what follows from that for QWEN_HALF_B."""
     given = {"run": {"share_gpu": True}, "generators": {"count": count}, "vllm": vllm or {}, **sections}
     return Config.model_validate(given)
+
+
+def one_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """A machine with cards, as far as can be seen, and the flags of a run on one of them."""
+    add_nvidia(folder / "bin")
+    claim_cuda_torch(folder / "packages")
+    monkeypatch.setenv("PATH", path_with(folder / "bin"))
+    monkeypatch.syspath_prepend(folder / "packages")
+    make_tiny_qwen2(folder / "model", tied=True)
+    return ("--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), "--share-gpu")
 
 
 def completed(given: Config, shape: ModelShape | None, devices: Devices = CARD) -> Config:
@@ -217,16 +231,27 @@ def test_the_split_is_spelled_out_and_adds_up() -> None:
     assert "model's size is not known here" in dict(split(config(), None).notes())["memory"]
 
 
+def test_the_shares_are_worked_out_anew_when_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One generator becomes three, and the cache that was worked out for one is not kept."""
+    flags = one_card(tmp_path, monkeypatch)
+    first = build([*parse(flags).values, *implied_settings(config(), CARD, QWEN_HALF_B)])
+    run = RunFolder.create(tmp_path / "runs" / "a")
+    run.write(first, ["python"], Addresses("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556"))
+    assert first.config.vllm["gpu_memory_utilization"] == 0.45
+    again = ("--resume", str(run.path), "--generators", "3", "--dry-run", "--json")
+    assert main(again) == Exit.DONE
+    vllm = json.loads(capsys.readouterr().out)["settings"]["vllm"]
+    assert vllm["gpu_memory_utilization"] == 0.15
+    assert vllm["kv_cache_memory_bytes"] < 0.15 * 143771 * (1 << 20)
+
+
 def test_a_dry_run_with_share_gpu_shows_who_takes_what(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way: a tool that shows cards, a model's config.json, the settings that follow, the table."""
-    add_nvidia(tmp_path / "bin")
-    claim_cuda_torch(tmp_path / "packages")
-    monkeypatch.setenv("PATH", path_with(tmp_path / "bin"))
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    make_tiny_qwen2(tmp_path / "model", tied=True)
-    flags = ("--model", str(tmp_path / "model"), "--dataset", "rows.jsonl", "--share-gpu", "--dry-run")
+    flags = (*one_card(tmp_path, monkeypatch), "--dry-run")
     assert main(flags) == Exit.DONE
     said = capsys.readouterr().out
     assert "memory      one card, 140.4 GiB" in said
@@ -236,3 +261,17 @@ def test_a_dry_run_with_share_gpu_shows_who_takes_what(
     fields = json.loads(capsys.readouterr().out)
     assert set(fields["memory"]) == {"memory", "learner", "generator", "left"}
     assert {p["env"]["CUDA_VISIBLE_DEVICES"] for p in fields["processes"] if p["name"] != "broker"} == {"0"}
+
+
+def test_the_split_is_printed_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's folder is there already; what would start its processes is not reached."""
+    flags = one_card(tmp_path, monkeypatch)
+
+    async def refuse(*_: object) -> Verdict:
+        assert "memory      one card" in capsys.readouterr().out
+        return Verdict(Exit.INTERRUPTED, "nothing was started")
+
+    monkeypatch.setattr("launch.cluster._supervise", refuse)
+    assert main((*flags, "--out", str(tmp_path / "runs"))) == Exit.INTERRUPTED

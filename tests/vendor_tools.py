@@ -7,7 +7,7 @@ from pathlib import Path
 
 NVIDIA = "0, GPU-aa11, NVIDIA H200, 143771\n1, GPU-bb22, NVIDIA H200, 143771\n"
 
-ROCM = """WARNING: AMD GPU device(s) is/are in a low-power state. Check power control/runtime_status
+ROCM_CARDS = """WARNING: AMD GPU device(s) is/are in a low-power state. Check power control/runtime_status
 {"card1": {"Unique ID": "0xB0B", "VRAM Total Memory (B)": "206141652992", "Card Series": "AMD Instinct MI300X"},
  "card0": {"Unique ID": "0xA0A", "VRAM Total Memory (B)": "206141652992", "Card series": "AMD Instinct MI300X"},
  "system": {"Driver version": "6.7.0"}}
@@ -48,7 +48,7 @@ def add_nvidia(folder: Path) -> None:
 
 
 def add_rocm(folder: Path) -> None:
-    add_tool(folder, "rocm-smi", ROCM)
+    add_tool(folder, "rocm-smi", ROCM_CARDS)
 
 
 def add_npu(folder: Path) -> None:
