@@ -59,7 +59,7 @@ class Scorer:
         scored = Scored([], [{}])
         try:
             if self._pool is not None:
-                scored = await self._pool.score([text], [tokens], prompt.columns)
+                scored = await self._pool.score([text], [tokens], prompt.columns, completion.spans[-1].version)
             values = [row[0] for row in scored.values]
             if self._model is not None:
                 values.append(await self._model.score(prompt.conversation, text))

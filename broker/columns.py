@@ -9,6 +9,7 @@ column of a row. Rows are counted from 0.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,7 +151,9 @@ def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> 
             f"columns {_names(row)}; add it, name the rows as two sources, or set data.answer_column"
         )
     answer = _reference(row, columns)
-    has_number = isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
+    has_number = _is_number(answer) or (
+        isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
+    )
     if needs_number and columns.answer and not has_number:
         raise ConfigError(
             f'the reward {needs_number} reads a number after "#### ", or a text that is nothing else, column '
@@ -163,6 +166,10 @@ def _reference(row: Row, columns: Columns) -> Any:
     """The answer, of verl's reward_model its ground truth; None if the row has none."""
     answer = row.get(columns.answer)
     return answer["ground_truth"] if isinstance(answer, dict) and "ground_truth" in answer else answer
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _convention(row: Row, prompt: str, answer: str, settings: DataConfig) -> str:

@@ -111,14 +111,14 @@ def test_an_answer_may_be_null_where_no_reward_reads_a_number() -> None:
 
 
 @pytest.mark.parametrize("reward", ["gsm8k", "gsm8k_flexible"])
-@pytest.mark.parametrize("answer", ["1+1=2", "", None, 2, "####2", "two #### two"])
+@pytest.mark.parametrize("answer", ["1+1=2", "", None, True, float("nan"), "####2", "two #### two"])
 def test_an_answer_without_a_number_is_told_where_a_gsm8k_reward_reads_it(answer: Any, reward: str) -> None:
     said = f"the reward {reward} reads a number after .*, column answer has .* in row 1 of rows; mend that row"
     with pytest.raises(ConfigError, match=said):
         check([GSM8K, GSM8K | {"answer": answer}], rewards=("mine.py:score", reward))
 
 
-@pytest.mark.parametrize("answer", ["#### 2", "so #### -1,080.5 it is", "2", " -1,080 "])
+@pytest.mark.parametrize("answer", ["#### 2", "so #### -1,080.5 it is", "2", " -1,080 ", 2, 0.5])
 def test_a_number_after_the_mark_or_alone_is_an_answer(answer: str) -> None:
     check([GSM8K | {"answer": answer}], rewards=("gsm8k",))
 

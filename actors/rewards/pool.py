@@ -46,10 +46,22 @@ class RewardPool:
             self._idle.put_nowait(await self._new_worker())
 
     async def score(
-        self, completions: Sequence[str], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
+        self,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Any],
+        version: int,
     ) -> Scored:
-        """What every function says of one prompt's completions. Raises RewardFailed if one does not."""
-        call = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        """What every function says of one prompt's completions. Raises RewardFailed if one does not.
+
+        version: of the policy that wrote them.
+        """
+        call = {
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "columns": columns,
+            "version": version,
+        }
         worker = await self._idle.get()
         healthy: WorkerProcess | None = None
         try:

@@ -41,7 +41,7 @@ def score(rewards: list[Reward], call: dict[str, Any], outgoing: BinaryIO) -> di
     metrics: list[dict[str, float]] = [{} for _ in call["completions"]]
     for reward in rewards:
         write(outgoing, {"calling": reward.name})
-        opinions = reward.score(call["completions"], call["completion_ids"], call["columns"])
+        opinions = reward.score(call["completions"], call["completion_ids"], call["columns"], call["version"])
         values.append([opinion.value for opinion in opinions])
         for found, opinion in zip(metrics, opinions, strict=True):
             found |= {f"{reward.name}/{key}": number for key, number in opinion.metrics.items()}
