@@ -8,7 +8,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from actors.rewards.pool import RewardFailed, RewardPool
+from actors.rewards.model import RewardModel
+from actors.rewards.pool import RewardPool, Scored
+from actors.rewards.process import RewardFailed
+from protocol.rewards import scored_by
 from protocol.sections import RewardsConfig
 from protocol.types import Completion, Prompt
 
@@ -24,29 +27,52 @@ class Score:
 
 
 class Scorer:
-    """Scores for one generator."""
+    """Scores for one generator. `device`: where that computes."""
 
-    def __init__(self, settings: RewardsConfig, model: Path, max_tokens: int) -> None:
-        self._pool = RewardPool(settings, max_tokens)
-        self._weights = [function.weight for function in settings.functions]
+    def __init__(
+        self,
+        settings: RewardsConfig,
+        model: Path,
+        max_tokens: int,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._pool = RewardPool(settings, max_tokens) if settings.functions else None
+        self._model = RewardModel(settings.model, device, trust_remote_code) if settings.model.path else None
+        self._scored_by = scored_by(settings)
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
     async def start(self) -> None:
-        await self._pool.start()
+        """Raises ConfigError if reward code or reward model cannot be loaded."""
+        if self._pool is not None:
+            await self._pool.start()
+        if self._model is not None:
+            await self._model.start()
 
     async def score(self, prompt: Prompt, completion: Completion) -> Score:
-        """The weighted sum over the functions that have an opinion; an error when one fails, or none has an opinion."""
+        """The weighted sum over those that have an opinion; an error when one fails, or none has an opinion.
+
+        The model comes last: a completion that is an error by then costs it nothing.
+        """
         tokens = completion.tokens.tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        scored = Scored([], [{}])
         try:
-            scored = await self._pool.score([text], [tokens], prompt.columns)
+            if self._pool is not None:
+                scored = await self._pool.score([text], [tokens], prompt.columns, completion.spans[-1].version)
+            values = [row[0] for row in scored.values]
+            if self._model is not None:
+                values.append(await self._model.score(prompt.conversation, text))
         except RewardFailed as error:
             return Score(error=str(error))
-        values = [row[0] for row in scored.values]
         if all(value is None for value in values):
             return Score(error="no reward function has an opinion")
-        total = sum(weight * value for weight, value in zip(self._weights, values, strict=True) if value is not None)
-        return Score(total, dict(zip(self._pool.names, values, strict=True)), metrics=scored.metrics[0])
+        pairs = list(zip(self._scored_by, values, strict=True))
+        total = sum(weight * value for (_, weight), value in pairs if value is not None)
+        return Score(total, {name: value for (name, _), value in pairs}, metrics=scored.metrics[0])
 
     async def close(self) -> None:
-        await self._pool.close()
+        if self._model is not None:
+            await self._model.close()
+        if self._pool is not None:
+            await self._pool.close()

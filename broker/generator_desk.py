@@ -39,7 +39,7 @@ from protocol.messages import (
     Verdict,
     Wait,
 )
-from protocol.rewards import shown_name
+from protocol.rewards import scored_by
 from protocol.types import LeaseKind, Prompt, Trajectory
 
 log = logging.getLogger("tether.broker")
@@ -169,7 +169,7 @@ class GeneratorDesk:
             max_tokens=sampling.max_tokens,
             vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
-            reward_names=[shown_name(function.use) for function in config.rewards.functions],
+            reward_names=[name for name, _ in scored_by(config.rewards)],
         )
         answer = trajectory(message)
         if config.algorithm.overlong == "punish" and not evaluating:
@@ -191,7 +191,8 @@ class GeneratorDesk:
             leased = self._lease(grant)
             if leased is None:
                 continue
-            num_bytes += 4 * leased[0].num_tokens + len(msgpack.packb(leased[0].columns))
+            texts = (leased[0].columns, leased[0].conversation)
+            num_bytes += 4 * leased[0].num_tokens + len(msgpack.packb(texts))
             if items and num_bytes > LEASES_BYTES:
                 for rest in reversed(grants[index:]):  # each goes to the front of its queue
                     self._run.scheduler_now().released(rest.attempt)
@@ -218,6 +219,7 @@ class GeneratorDesk:
             ttl_s=run.config.watchdog.lease_ttl_s,
             num_tokens=len(prompt.tokens),
             columns=dict(prompt.columns),
+            conversation=[dict(message) for message in prompt.conversation],
         )
         return item, prompt
 

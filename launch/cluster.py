@@ -38,6 +38,7 @@ from launch.summary import summary
 from launch.supervisor import Supervisor, Verdict
 from protocol.addresses import Addresses
 from protocol.errors import ConfigError, Exit, TetherError
+from protocol.reward_model import check_reward_model
 from protocol.rewards import check_rewards
 from protocol.setting_names import known_keys, nearest
 from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     settings, run_dir, to_make, resumed = _start(command, environ)
     check_rewards([function.use for function in settings.config.rewards.functions])
+    if settings.config.rewards.model.path:
+        check_reward_model(settings.config.rewards.model)
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
@@ -186,7 +189,7 @@ def find_recipe(name: str) -> Path:
 
 def _absolute(settings: Settings) -> Settings:
     """The same, with files named from the root: the run may be continued from another folder."""
-    keys = ("model.path", "critic.path", "data.system")
+    keys = ("model.path", "critic.path", "data.system", "rewards.model.path")
     values = [
         value._replace(value=str(Path(value.value).resolve()))
         for value in settings.values.values()

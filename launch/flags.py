@@ -29,6 +29,7 @@ GROUPS = {
         "--model": ("model.path", "M"),
         "--dataset": ("data.train", "D[#N][,D...]"),
         "--reward": ("rewards.functions", "NAME|FILE.py:NAME|package.module:NAME[:WEIGHT]"),
+        "--reward-model": ("rewards.model.path", "FOLDER[:WEIGHT]"),
     },
     "the algorithm": {
         "--max-staleness": ("staleness.max", "S"),
@@ -74,6 +75,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
         value = given[_attribute(flag)]
         if key == "rewards.functions" and value:
             values.append(Value(key, [_reward(text) for text in value], flag))
+        elif key == "rewards.model.path" and value:
+            values += _reward_model(value, flag)
         elif value not in (None, [], False):
             values.append(from_text(key, value, flag) if metavar else Value(key, True, flag))
     values += _dotted(rest)
@@ -143,6 +146,16 @@ def _reward(text: str) -> dict[str, object]:
         return {"use": use, "weight": float(last)} if colon else {"use": text}
     except ValueError:
         return {"use": text}
+
+
+def _reward_model(text: str, flag: str) -> list[Value]:
+    """FOLDER, with :WEIGHT or without."""
+    folder, colon, last = text.rpartition(":")
+    try:
+        given = {"path": folder, "weight": float(last)} if colon else {"path": text}
+    except ValueError:
+        given = {"path": text}
+    return [Value(f"rewards.model.{name}", value, flag) for name, value in given.items()]
 
 
 def _short_flags() -> Iterator[tuple[str, tuple[str, str]]]:

@@ -58,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
     parser.add_argument("--device", choices=DEVICES, help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
+    parser.add_argument("--reward-model", default="", metavar="FOLDER", help="where the run's reward model lies here")
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -76,7 +77,8 @@ async def generate(args: argparse.Namespace) -> None:
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
     uses = [function.use for function in own.rewards.functions] if own else args.reward
-    digest = reward_digest(uses)
+    reward_model = own.rewards.model.path if own else args.reward_model
+    digest = reward_digest(uses, reward_model)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
 
@@ -105,8 +107,9 @@ async def generate(args: argparse.Namespace) -> None:
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens)
-        await scorer.start()
+        rewards, trusted = with_files(config.rewards, uses, reward_model), config.model.trust_remote_code
+        scorer = Scorer(rewards, model, config.sampling.max_tokens, device, trusted)
+        await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries
         await _reported(engine.start(), session, config)
@@ -128,13 +131,15 @@ async def generate(args: argparse.Namespace) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-async def _reported(work: Coroutine[Any, Any, Outcome], session: Session, config: Config) -> Outcome:
+async def _reported(
+    work: Coroutine[Any, Any, Outcome], session: Session, config: Config, state: str = "starting the engine"
+) -> Outcome:
     """The outcome of `work`, which takes seconds to minutes: the broker hears meanwhile what takes so long."""
     task = asyncio.get_running_loop().create_task(work)
     started = asyncio.get_running_loop().time()
     while not task.done():
         for_s = asyncio.get_running_loop().time() - started
-        await session.ask(Beat(state="starting the engine", for_s=for_s), timeout_s=config.watchdog.orphan_s)
+        await session.ask(Beat(state=state, for_s=for_s), timeout_s=config.watchdog.orphan_s)
         await asyncio.wait([task], timeout=config.watchdog.heartbeat_s)
     return await task
 

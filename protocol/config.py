@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from protocol.algorithm import GROUP_RELATIVE, AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
 from protocol.fields import MAX_NAME, MAX_REWARDS
-from protocol.rewards import shown_name
+from protocol.rewards import scored_by
 from protocol.sections import (
     AtBound,
     BatchConfig,
@@ -78,8 +78,10 @@ class Config(Section):
                 )
         self._algorithm_rules()
         self._kl_rules()
-        if not self.rewards.functions:
-            raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
+        if not self.rewards.functions and not self.rewards.model.path:
+            raise ValueError(
+                "at least one reward is needed, got none; set rewards.functions or --reward NAME, or --reward-model"
+            )
         self._check_rewards_fit_a_result()
         return self
 
@@ -164,7 +166,7 @@ class Config(Section):
                     raise ValueError(f"kl.{name} shapes a gradient, which a reward has none of; set kl.place loss")
 
     def _check_rewards_fit_a_result(self) -> None:
-        names = [shown_name(function.use) for function in self.rewards.functions]
+        names = [name for name, _ in scored_by(self.rewards)]
         if len(names) > MAX_REWARDS:
             raise ValueError(
                 f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "

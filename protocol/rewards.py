@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError
+from protocol.reward_model import REWARD_MODEL, reward_model_digest
 
 if TYPE_CHECKING:
     from protocol.config import Config
@@ -67,14 +68,26 @@ def shown_name(use: str) -> str:
     return f"{Path(place).stem if is_file(use) else place.rpartition('.')[2]}:{name}"
 
 
+def scored_by(rewards: RewardsConfig) -> list[tuple[str, float]]:
+    """What a generator scores with, by shown name with its weight: the functions, and the reward model if there is one.
+
+    In the order of every list of rewards.
+    """
+    found = [(shown_name(function.use), function.weight) for function in rewards.functions]
+    return [*found, (REWARD_MODEL, rewards.model.weight)] if rewards.model.path else found
+
+
 def weighted_functions(config: Config) -> list[tuple[str, float]]:
     """What a reward is the sum of, each by its shown name with its weight."""
-    functions = [(shown_name(function.use), function.weight) for function in config.rewards.functions]
-    return [*functions, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else functions
+    found = scored_by(config.rewards)
+    return [*found, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else found
 
 
-def reward_digest(uses: Sequence[str]) -> str:
-    """Of names and file contents, in order; "" when all are built in. Raises ConfigError if a file is missing."""
+def reward_digest(uses: Sequence[str], model: str = "") -> str:
+    """Of names and file contents, in order, and of the reward model in folder `model`; "" when all are built in.
+
+    Raises ConfigError if a file is missing.
+    """
     digest = hashlib.sha256()
     brought = [use for use in uses if is_brought(use)]
     for use in brought:
@@ -87,17 +100,20 @@ def reward_digest(uses: Sequence[str]) -> str:
                 "or --reward"
             ) from None
         digest.update(name.encode() + b"\0" + content + b"\0")
-    return digest.hexdigest()[:32] if brought else ""
+    if model:
+        digest.update(reward_model_digest(Path(model)).encode())
+    return digest.hexdigest()[:32] if brought or model else ""
 
 
-def with_files(rewards: RewardsConfig, uses: Sequence[str]) -> RewardsConfig:
-    """The run's rewards with their code where this host has it: `uses` names it in the run's order."""
+def with_files(rewards: RewardsConfig, uses: Sequence[str], model: str = "") -> RewardsConfig:
+    """The run's rewards with code and model where this host has them: `uses` names the code in the run's order."""
     here = iter([use for use in uses if is_brought(use)])
     functions = [
         function.model_copy(update={"use": next(here)}) if is_brought(function.use) else function
         for function in rewards.functions
     ]
-    return rewards.model_copy(update={"functions": tuple(functions)})
+    here_too = {"model": rewards.model.model_copy(update={"path": model})} if model else {}
+    return rewards.model_copy(update={"functions": tuple(functions), **here_too})
 
 
 def _is_module(name: str) -> bool:

@@ -26,6 +26,7 @@ from launch.run_folder import RunFolder, choose_addresses
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError
+from protocol.rewards import scored_by
 from protocol.settings import build
 from tests.wire import free_addresses
 
@@ -140,6 +141,16 @@ def test_rewards_are_named_with_their_weights() -> None:
         ("my/file.py:brevity", 0.1),
         ("a.py:b", 1.0),
     ]
+
+
+def test_a_reward_model_is_a_folder_with_its_weight() -> None:
+    for words, expected in ((["judges/a:0.5"], ("judges/a", 0.5)), (["judges/a"], ("judges/a", 1.0))):
+        model = build(parse(["--reward-model", *words]).values).config.rewards.model
+        assert (model.path, model.weight) == expected
+    alone = build(parse(["--reward-model", "judge", "--rewards.functions", "[]"]).values).config
+    assert scored_by(alone.rewards) == [("reward_model", 1.0)]
+    with pytest.raises(ConfigError, match=r"at least one reward is needed, got none; set rewards\.functions"):
+        build(parse(["--rewards.functions", "[]"]).values)
 
 
 def test_resume_may_name_its_run_or_not() -> None:
