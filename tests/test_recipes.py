@@ -20,6 +20,7 @@ from protocol.errors import Exit
 from protocol.rewards import shown_name
 from protocol.setting_names import known_keys
 from protocol.settings import build
+from tests import xml_page
 from tests.recipe_runs import (
     NAMES,
     NUM_STEPS,
@@ -35,6 +36,8 @@ from tests.recipe_runs import (
 )
 
 GSM8K_ROWS = 7473
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Original(NamedTuple):
@@ -151,7 +154,6 @@ def run(name: str, task: Path, recipe_engine: str) -> Run:
     return start(name, task, recipe_engine)
 
 
-@pytest.mark.timeout(240)
 def test_two_steps_run_and_every_step_updates_the_weights(run: Run) -> None:
     assert [row["step"] for row in run.steps] == list(range(NUM_STEPS))
     updates = run.config.algorithm.updates_per_batch
@@ -200,13 +202,18 @@ def test_supervised_steps_come_first_where_the_recipe_has_them(run: Run) -> None
     assert run.config.warmup.steps in (0, NUM_WARMUP_STEPS)
 
 
-@pytest.mark.timeout(240)
-def test_the_one_card_recipe_goes_on_where_it_stopped(task: Path, recipe_engine: str) -> None:
-    if not (task / "runs" / RESUMED).exists():
-        start(RESUMED, task, recipe_engine)
-    again = go_on(RESUMED, task, NUM_STEPS + 1)
+@pytest.mark.parametrize("name", [xml_page.NAME], indirect=True)
+@pytest.mark.usefixtures("run")
+def test_what_the_page_of_the_notebook_says_to_type_after_a_run_does_run(task: Path) -> None:
+    xml_page.check_what_follows_the_training(task)
+
+
+@pytest.mark.parametrize("name", [RESUMED], indirect=True)
+def test_the_one_card_recipe_goes_on_where_it_stopped(run: Run, name: str, task: Path) -> None:
+    again = go_on(name, task, NUM_STEPS + 1)
     assert [row["step"] for row in again.steps] == list(range(NUM_STEPS + 1))
-    assert [row["version"] for row in again.evaluations][-1] == NUM_STEPS + 1
+    assert again.evaluations[0] == run.evaluations[0]
+    assert again.evaluations[-1]["version"] == NUM_STEPS + 1
 
 
 def _at(settings: dict[str, object], key: str) -> object:
