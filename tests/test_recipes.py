@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from launch.cluster import RECIPES, main
+from launch.flags import parse
 from launch.plan import Card, Devices, Paths, Process, ProcessRole, implied_settings, plan
 from protocol.checkpoints import latest_valid, step_of
 from protocol.errors import Exit
@@ -90,6 +92,22 @@ def test_a_recipe_says_what_it_reproduces_with_which_flags_on_what_and_what_to_e
     for word in ("what it is there:", "Otherwise:", "Expect:", "GB"):
         assert word in comment, f"{name} does not say {word}"
     assert str(settings_of(name).run.steps) in comment.replace(",", "")
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_the_commands_that_a_recipe_names_are_understood(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text()
+    starts = re.findall(r"^#     python launch/cluster\.py (.*)$", text, flags=re.MULTILINE)
+    assert starts
+    for start_of in starts:
+        command = parse(shlex.split(start_of, comments=True))
+        assert command.recipe == name or (command.resume and not command.recipe)
+        build(recipe(name).values, command.values)
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_the_readme_has_the_recipe(name: str) -> None:
+    assert f"`{name}`" in (RECIPES.parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
