@@ -17,7 +17,7 @@ from tests.cluster_process import ClusterProcess, lines_of, steps_of
 from tools.tiny_model import Shape, train_tokenizer, write_model
 from tools.word_problems import Problem, split
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 NUM_STEPS = 2
 NUM_WARMUP_STEPS = 2
 NUM_TRAIN, NUM_HELD_OUT = 40, 6

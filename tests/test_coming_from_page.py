@@ -106,3 +106,9 @@ def test_the_page_says_what_the_hint_says(name: str) -> None:
     for cell in here:
         spans = code_spans(cell)
         assert cell.strip() == "none" if setting == "" else setting in spans or f"--{setting}" in spans
+
+
+def test_names_that_stand_beside_as_many_settings_mean_them_in_their_order() -> None:
+    for names, here in rows():
+        if len(names) == len(spans := code_spans(here)) > 1:
+            assert [NAMES.get(name, setting) for name, setting in zip(names, spans, strict=True)] == spans

@@ -19,14 +19,15 @@ from launch.flags import parse
 from launch.plan import Card, Devices, Paths, Process, ProcessRole, implied_settings, plan
 from protocol.checkpoints import latest_valid, step_of
 from protocol.errors import Exit
+from protocol.foreign_names import NAMES
 from protocol.rewards import shown_name
 from protocol.setting_names import known_keys
 from protocol.settings import build
 from tests import xml_page
 from tests.recipe_runs import (
-    NAMES,
     NUM_STEPS,
     NUM_WARMUP_STEPS,
+    RECIPE_NAMES,
     RESUMED,
     Run,
     cut_down,
@@ -63,6 +64,13 @@ ORIGINALS = {
     "gsm8k_grpo_xml": Original(GSM8K_ROWS, 1 * 4, 8, warmup_ratio=0.1, cards=1),
     "gsm8k_grpo_2_6": Original(GSM8K_ROWS, 1152, 5, 2, 192),
 }
+OTHER_UNITS = {
+    *("ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "total_epochs", "warmup_ratio"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "use_kl_loss", "kl_loss_type", "reward_funcs"),
+    *("train_type", "system", "use_vllm", "filter_overlong_prompts", "val_before_train", "deepspeed"),
+    *("micro_batch_size_per_gpu", "prompt_key", "response_key"),
+}
+"""Flags whose values are not those of the settings that do the same here."""
 OWN = {"demo", "gsm8k", "gsm8k_tiny_cpu"}
 """Recipes that reproduce nobody's."""
 
@@ -71,7 +79,7 @@ OWN = {"demo", "gsm8k", "gsm8k_tiny_cpu"}
 
 
 def test_every_recipe_reproduces_something_or_is_our_own() -> None:
-    assert sorted([*ORIGINALS, *OWN]) == NAMES
+    assert sorted([*ORIGINALS, *OWN]) == RECIPE_NAMES
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -92,6 +100,26 @@ def test_a_recipe_says_what_it_reproduces_with_which_flags_on_what_and_what_to_e
     for word in ("what it is there:", "Otherwise:", "Expect:", "GB"):
         assert word in comment, f"{name} does not say {word}"
     assert str(settings_of(name).run.steps) in comment.replace(",", "")
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_the_flags_that_a_recipe_quotes_have_the_values_of_its_settings(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text()
+    quoted = re.sub(
+        r"\n#     .*", "", text[text.index("what it is there:") : text.index("# Otherwise:")]
+    )  # our commands
+    quoted = quoted.replace("\n#", "")
+    flags = re.findall(r"--([a-z_]+) ([^\s,;]+)|\b([a-z_.]+[a-z_0-9])='?([^\s,;()']+)", quoted)
+    said, compared = build(recipe(name).values).config.model_dump(mode="json"), 0
+    for flag, text_of_it in (((a or c), (b or d)) for a, b, c, d in flags):
+        settings = {setting for full, setting in NAMES.items() if full == flag or full.endswith(f".{flag}")}
+        if flag.rpartition(".")[2] in OTHER_UNITS or not settings - {""}:
+            continue
+        (setting,) = settings
+        there, here = _comparable(text_of_it), _at(said, setting)
+        compared += 1
+        assert there == here or (isinstance(here, list) and there in here) or (there, here) == (-1, 0), (flag, setting)
+    assert compared >= 6
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -161,7 +189,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_recipe_task(tmp_path_factory.mktemp("recipes"))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=RECIPE_NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -232,6 +260,13 @@ def test_the_one_card_recipe_goes_on_where_it_stopped(run: Run, name: str, task:
     assert [row["step"] for row in again.steps] == list(range(NUM_STEPS + 1))
     assert again.evaluations[0] == run.evaluations[0]
     assert again.evaluations[-1]["version"] == NUM_STEPS + 1
+
+
+def _comparable(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _at(settings: dict[str, object], key: str) -> object:
