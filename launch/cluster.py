@@ -155,8 +155,9 @@ def _start(command: CommandLine, environ: Mapping[str, str]) -> Start:
         given = build(outer).config.run
         return _go_on(resumption(command.resume, Path(given.out), given.name), outer)
     wanted = command.recipe or ("" if {value.key for value in outer} & {"model.path", "data.train"} else DEFAULT_RECIPE)
-    recipe = read_recipe(find_recipe(wanted)) if wanted else None
-    settings = _absolute(build(recipe.values if recipe else [], outer))
+    file = find_recipe(wanted) if wanted else None
+    recipe = read_recipe(file) if file else None
+    settings = _absolute(build(_found_beside(file, recipe.values) if file and recipe else [], outer))
     out, name = Path(settings.config.run.out), settings.config.run.name
     label = name or (Path(wanted).stem if wanted else "run")
     if command.resume == AUTO and (found := unfinished(out, label)):
@@ -185,6 +186,16 @@ def find_recipe(name: str) -> Path:
     raise ConfigError(
         f"expected a recipe's name or file behind --recipe, got {name}; there are {', '.join(known)}{meant}"
     )
+
+
+def _found_beside(recipe: Path, values: Sequence[Value]) -> list[Value]:
+    """A recipe's settings; its system message may name a text file that lies beside the recipe."""
+
+    def found(value: Value) -> Value:
+        beside = recipe.resolve().parent / str(value.value)
+        return value._replace(value=str(beside)) if value.key == "data.system" and os.path.isfile(beside) else value
+
+    return [found(value) for value in values]
 
 
 def _absolute(settings: Settings) -> Settings:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from launch.resumption import NEVER
 from protocol.errors import ConfigError
+from protocol.foreign_names import setting_of
 from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, describe, is_section, known_keys, nearest, unknown
 from protocol.settings import Value, from_text
@@ -121,6 +122,8 @@ def _dotted(words: Sequence[str]) -> Iterator[Value]:
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
+            if setting_of(word.partition("=")[0]) is not None:
+                raise unknown(f"--{word.partition('=')[0]}", "on the command line")
             raise ConfigError(f"expected a flag, got {word!r} on the command line; see --help")
         flag, equals, text = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
