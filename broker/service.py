@@ -202,6 +202,12 @@ class Service:
                 "rewards",
                 f"{hello.name} would score with other reward code than the run; give it the same files with --reward",
             )
+        if role is Role.GENERATOR and hello.rollout_digest != run.rollout_digest:
+            raise ProtocolError(
+                "rollout",
+                f"{hello.name} would make completions by another rollout than the run; give it the same file with "
+                "--rollout",
+            )
         if role is not Role.STATUS:
             self._take_over(role, hello)
         if len(run.peers) >= MAX_PEERS:

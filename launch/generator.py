@@ -37,6 +37,7 @@ from protocol.keys import read_client_key
 from protocol.messages import Beat, Hello, Role
 from protocol.parent import leave_with_parent
 from protocol.rewards import reward_digest, with_files
+from protocol.rollouts import rollout_digest, with_own_file
 from protocol.session import Session
 from protocol.shared_memory import private_folder
 
@@ -57,6 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
+    parser.add_argument(
+        "--rollout", default="", metavar="CODE:NAME", help="rollout of the run, where it is no built-in"
+    )
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -67,7 +71,9 @@ async def generate(args: argparse.Namespace) -> None:
     """Join, fetch what is needed, work until told to leave."""
     from actors.engines import build_engine, engine_environment
     from actors.generator import Generator
+    from actors.loop_watch import LoopWatch
     from actors.model_files import fetch_model_files
+    from actors.rollouts.runner import RolloutRunner
     from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
 
@@ -75,7 +81,8 @@ async def generate(args: argparse.Namespace) -> None:
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
     uses = [function.use for function in own.rewards.functions] if own else args.reward
-    digest = reward_digest(uses)
+    rollout_use = own.rollout.use if own else args.rollout
+    scores_by, rolls_by = reward_digest(uses), rollout_digest(rollout_use)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
 
@@ -86,7 +93,8 @@ async def generate(args: argparse.Namespace) -> None:
             incarnation=incarnation,
             host=host_identity(),
             settings_digest=settings_digest,
-            reward_digest=digest,
+            reward_digest=scores_by,
+            rollout_digest=rolls_by,
         )
 
     try:
@@ -97,20 +105,23 @@ async def generate(args: argparse.Namespace) -> None:
     config = Config.model_validate(session.welcome.settings)
     settings_digest = config.result_digest()
     staging = private_folder(f"generator-{args.name.replace('/', '_')}")
-    scorer = engine = None
+    scorer = engine = watch = None
     farewell = "leaves"
     try:
         model = await fetch_model_files(session, staging / "model")
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens)
+        rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
+        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens, config.rollout.weight)
         await scorer.start()
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries
         await _reported(engine.start(), session, config)
+        if rollout.code_file:
+            watch = LoopWatch(rollout.name, rollout.code_file, config.rollout.timeout_s, _end_now)
         generator = Generator(
-            session, engine, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
+            session, engine, rollout, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, generator.leave)
@@ -120,6 +131,8 @@ async def generate(args: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(TetherError):
             await session.close(farewell)
+        if watch is not None:
+            watch.close()
         if engine is not None:
             await engine.close()
         if scorer is not None:
@@ -136,6 +149,13 @@ async def _reported(work: Coroutine[Any, Any, Outcome], session: Session, config
         await session.ask(Beat(state="starting the engine", for_s=for_s), timeout_s=config.watchdog.orphan_s)
         await asyncio.wait([task], timeout=config.watchdog.heartbeat_s)
     return await task
+
+
+def _end_now(reason: str) -> None:
+    """End a process whose event loop will not: its parts follow it, and the supervisor starts another."""
+    log.error("%s; this process ends", reason)
+    logging.shutdown()
+    os._exit(Exit.ENGINE_STALLED)
 
 
 def main(argv: list[str] | None = None) -> int:

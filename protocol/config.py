@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from protocol.algorithm import GROUP_RELATIVE, AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
+from protocol.brought_code import shown_name
 from protocol.fields import MAX_NAME, MAX_REWARDS
-from protocol.rewards import shown_name
+from protocol.rollouts import SINGLE_TURN
 from protocol.sections import (
     AtBound,
     BatchConfig,
@@ -28,6 +29,7 @@ from protocol.sections import (
     ModelConfig,
     NetworkConfig,
     RewardsConfig,
+    RolloutConfig,
     RunConfig,
     SamplingConfig,
     Section,
@@ -37,7 +39,7 @@ from protocol.sections import (
 )
 from protocol.types import SamplingParams
 
-CHANGES_RESULTS = ("model", "sampling", "rewards", "batch", "algorithm", "data", "lora")
+CHANGES_RESULTS = ("model", "sampling", "rollout", "rewards", "batch", "algorithm", "data", "lora")
 """Sections that change what a completion or its reward is."""
 
 
@@ -46,6 +48,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -78,8 +81,13 @@ class Config(Section):
                 )
         self._algorithm_rules()
         self._kl_rules()
-        if not self.rewards.functions:
+        if not self.rewards.functions and self.rollout.weight is None:
             raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
+        if self.rollout.use == SINGLE_TURN and self.rollout.weight is not None:
+            raise ValueError(
+                f"a single turn gives no reward of its own to weigh, got rollout.weight {self.rollout.weight:g}; set "
+                "rollout.use to one that does, or leave rollout.weight out"
+            )
         self._check_rewards_fit_a_result()
         return self
 
@@ -193,6 +201,11 @@ class Config(Section):
     def samples_per_lease(self) -> int:
         """Completions that are made of one training prompt: G, and with remax a greedy one, the last, as baseline."""
         return self.batch.group_size + (self.algorithm.advantage == "remax")
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that a generator makes: prompt and completion, of training or evaluation."""
+        return self.data.max_prompt_tokens + max(self.sampling.max_tokens, self.evaluation.max_tokens)
 
     def evaluation_params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.evaluation.max_tokens or self.sampling.max_tokens, temperature=0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.rollout import Episode
 from actors.scorer import Score, Scorer
 from protocol.sections import RewardsConfig
 from protocol.types import Completion, FinishReason, Prompt, VersionSpan
@@ -34,7 +35,7 @@ def score(folder: Path, *functions: dict[str, object], answer: str = "w3 w4") ->
         scorer = Scorer(settings, model, max_tokens=8)
         try:
             await scorer.start()
-            return await scorer.score(Prompt(0, 0, tokens, {"answer": answer}), completion)
+            return await scorer.score(Prompt(0, 0, tokens, {"answer": answer}), Episode(completion))
         finally:
             await scorer.close()
 
