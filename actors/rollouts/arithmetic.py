@@ -12,7 +12,7 @@ from fractions import Fraction
 
 MAX_CHARACTERS, MAX_DEPTH = 120, 20
 DECIMALS = 4  # of a result that is no whole number
-_SPACED = re.compile(r"(\d[\d,]*\.?\d*|\.\d+|[-+*/()%])\s*")
+_SPACED = re.compile(r"([0-9][0-9,]*\.?[0-9]*|\.[0-9]+|[-+*/()%])\s*")
 
 
 class NotASum(ValueError):
