@@ -6,7 +6,7 @@ every token without gaps, rests on `observe` and `completion`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,6 +63,15 @@ class Conversation:
         unknown = np.full(len(ids), np.nan, np.float32)
         self._add(Completion(ids, unknown, spans, FinishReason.LENGTH, np.ones(len(ids), np.bool_)))
         self._model_ended = False
+
+    async def reply(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Observe chat messages as the model's chat template puts them behind its turn, whether it ended that or not.
+
+        Raises RolloutFailed if the template does not allow it.
+        """
+        ids = await self._engine.between_turns(messages)
+        has_end = self._model_ended and ids[:1].tolist() == self.tokens[-1:].tolist()
+        self.observe(ids[1:] if has_end else ids)
 
     def completion(self) -> Completion:
         """All of it as one. Raises RolloutFailed if the model has written nothing."""

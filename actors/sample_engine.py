@@ -97,9 +97,9 @@ class SampleEngine:
         """The text of some tokens; `special`: with the names of special tokens."""
         return self._texts.decode(self.checked(tokens), special=special)
 
-    def between_turns(self, messages: Sequence[Mapping[str, str]]) -> Tokens:
+    async def between_turns(self, messages: Sequence[Mapping[str, str]]) -> Tokens:
         """Token ids of chat messages as the model's chat template puts them between two of its turns."""
-        return self._texts.between_turns(messages)
+        return await self._texts.between_turns(messages)
 
     def checked(self, tokens: Tokens | Sequence[int]) -> Tokens:
         """The ids as an array [L] of int32. Raises RolloutFailed if they are none of the model's."""

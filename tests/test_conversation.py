@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 from actors.conversation import Conversation
 from actors.fake_engine import FakeEngine
 from actors.rollout import RolloutFailed
+from actors.texts import Texts
 from protocol.types import Completion, FinishReason, VersionSpan
+from tests.models import make_tiny_qwen2
 from tests.rollouts import PROMPT, VOCABULARY, Bench
+from tools.tiny_model import END, Shape, train_tokenizer, write_model
 
 
 def test_turns_and_observations_become_one_completion(tmp_path: Path) -> None:
@@ -187,3 +191,34 @@ def test_a_conversation_in_which_the_model_said_nothing_is_no_completion(tmp_pat
             talk.completion()
 
     bench.run(work)
+
+
+def test_chat_messages_stand_between_turns_as_the_template_puts_them(tmp_path: Path) -> None:
+    """Behind a turn that the model ended, and behind one that was cut."""
+    texts = ["Is it seven? No. Are you sure? Yes."]
+    write_model(tmp_path / "chat", train_tokenizer(texts, 300), Shape(hidden=8, layers=1, heads=2, intermediate=8), 0)
+    bench = Bench(tmp_path, mean_tokens=3.0)
+
+    async def work(engine: FakeEngine) -> None:
+        sample = bench.sample_engine(engine)
+        sample._texts = Texts(tmp_path / "chat")
+        end = int(sample.encode(END)[0])
+        engine._stop_token_ids = lambda: frozenset({0, end})  # type: ignore[method-assign]
+        for is_ended in (True, False):
+            talk = Conversation(sample, PROMPT)
+            await talk.generate(stop_token_ids=() if is_ended else range(VOCABULARY))
+            talk._parts[-1].tokens[-1] = end if is_ended else 9
+            before = talk.tokens.tolist()
+            await talk.reply([{"role": "user", "content": "Are you sure?"}])
+            told = talk.tokens.tolist()[len(before) :]
+            wanted = "<|user|>Are you sure?<|assistant|>"
+            assert sample.decode(told, special=True) == (wanted if is_ended else END + wanted)
+            assert not talk.ended
+
+    bench.run(work)
+
+
+def test_a_model_without_a_chat_template_is_told_when_messages_are_wanted(tmp_path: Path) -> None:
+    make_tiny_qwen2(tmp_path / "plain", tied=True)
+    with pytest.raises(RolloutFailed, match="the model has no chat template; observe tokens of your own"):
+        asyncio.run(Texts(tmp_path / "plain").between_turns([{"role": "user", "content": "w3"}]))
