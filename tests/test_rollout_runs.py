@@ -104,6 +104,22 @@ def test_a_standalone_generator_brings_the_rollout_itself_and_is_refused_with_an
     assert any(item.completion.observed is not None for item in learner.trained[0].share.items)
 
 
+def test_a_generator_that_its_rollout_blocks_says_where_and_ends(tmp_path: Path) -> None:
+    """It would else hold its leases and its device in silence: its heartbeats stand still, too."""
+    blocking = "import threading\n\nasync def play(engine, prompt):\n    threading.Event().wait()\n"
+    use = f"{tmp_path / 'game.py'}:play"
+    config = game_run(tmp_path, blocking, rollout={"use": use, "timeout_s": 0.5})
+    with (
+        broker(tmp_path, config),
+        ScriptedLearner(tmp_path, config),
+        ended(join(tmp_path, "--rollout", use)) as process,
+    ):
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == Exit.ENGINE_STALLED
+    assert f"game:play blocks this generator at {tmp_path / 'game.py'}:4 (play): it must await, or call" in said
+    assert said.strip().splitlines()[-1].endswith("game.py:4 (play); this process ends")
+
+
 def join(folder: Path, *more: str) -> subprocess.Popen[str]:
     control, key = Addresses.read(folder).control, folder / "keys" / "generator.key"
     reward = f"{folder / 'reward.py'}:score"
