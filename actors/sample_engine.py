@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 from actors.engine import Engine, EngineError
 from actors.rollout import Attempt, RolloutFailed, turn_seed
 from actors.texts import Texts
-from protocol.types import Completion, Prompt, Tokens
+from protocol.types import Completion, FinishReason, Logprobs, Prompt, Tokens, VersionSpan
 
 SPARE = 32  # a sample may generate so many times max_tokens in all, with what it throws away
+MAX_SPAN_TOKENS = 1 << 24  # an end beyond it is none of ours
 
 
 class SampleEngine:
@@ -111,27 +113,34 @@ class SampleEngine:
             raise RolloutFailed(f"token ids are 0 to {self._texts.vocabulary - 1}, got {outside[0]}")
         return ids.astype(np.int32)
 
-    def check(self, completion: Completion) -> None:
-        """Raise RolloutFailed unless its tokens fit, and every one that is not observed was generated in its place."""
-        length = len(self.checked(completion.tokens))
+    def check(self, completion: Completion) -> Completion:
+        """The same as it may be sent: in the types of the wire, with no log-probability of what was observed.
+
+        Raises RolloutFailed unless its tokens fit, and every one that is not observed was generated in its place.
+        """
+        tokens = self.checked(completion.tokens)
+        length = len(tokens)
         if not 0 < length <= self.max_tokens:
             raise RolloutFailed(f"a completion has 1 to {self.max_tokens} tokens (sampling.max_tokens), got {length}")
-        observed = np.zeros(length, np.bool_) if completion.observed is None else completion.observed
+        observed = np.zeros(length, np.bool_) if completion.observed is None else np.asarray(completion.observed)
         if observed.shape != (length,) or observed.dtype != np.bool_:
             raise RolloutFailed(
                 f"observed has a mark for each of {length} tokens, got {observed.dtype}{observed.shape}"
             )
         if observed.all():
             raise RolloutFailed("every token is observed, and none of the model's is left to train")
-        versions = _token_versions(completion)
-        if len(versions) != length or len(completion.behavior_logprobs) != length:
+        versions, logprobs = _token_versions(completion.spans), np.asarray(completion.behavior_logprobs, np.float32)
+        if len(versions) != length or logprobs.shape != (length,):
             raise RolloutFailed(
-                f"spans and log-probabilities cover {length} tokens, got {len(versions)} and "
-                f"{len(completion.behavior_logprobs)}; let Conversation.completion make them"
+                f"spans and log-probabilities cover {length} tokens, got {len(versions)} and {len(logprobs)}; let "
+                "Conversation.completion make them"
             )
         place = 0
         while place < length:
-            place += 1 if observed[place] else self._generated_at(completion, versions, observed, place)
+            place += 1 if observed[place] else self._generated_at(place, tokens, logprobs, versions, observed)
+        marks = observed if observed.any() else None
+        known = np.where(observed, np.float32(np.nan), logprobs)
+        return Completion(tokens, known, _spans(versions), FinishReason(completion.finish_reason), marks)
 
     def close(self) -> None:
         """From now on it generates nothing."""
@@ -153,18 +162,18 @@ class SampleEngine:
             )
 
     def _generated_at(
-        self, completion: Completion, versions: NDArray[np.int64], observed: NDArray[np.bool_], start: int
+        self, start: int, tokens: Tokens, logprobs: Logprobs, versions: NDArray[np.int64], observed: NDArray[np.bool_]
     ) -> int:
         """How many tokens from `start` on are those of one turn that was generated there."""
-        behind = _digest(np.concatenate([self._prompt.tokens, completion.tokens[:start]]))
+        behind = _digest(np.concatenate([self._prompt.tokens, tokens[:start]]))
         best = 0
         for turn in self._turns.get(behind, []):
-            size = min(len(turn.tokens), len(completion.tokens) - start)
+            size = min(len(turn.tokens), len(tokens) - start)
             here = slice(start, start + size)
-            same = (turn.tokens[:size] == completion.tokens[here]) & ~observed[here]
-            one, other = turn.behavior_logprobs[:size], completion.behavior_logprobs[here]
+            same = (turn.tokens[:size] == tokens[here]) & ~observed[here]
+            one, other = turn.behavior_logprobs[:size], logprobs[here]
             same &= (one == other) | (np.isnan(one) & np.isnan(other))
-            same &= _token_versions(turn)[:size] == versions[here]
+            same &= _token_versions(turn.spans)[:size] == versions[here]
             best = max(best, size if same.all() else int(same.argmin()))
         if not best:
             raise RolloutFailed(
@@ -198,10 +207,16 @@ def _digest(tokens: Tokens) -> bytes:
     return blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=16).digest()
 
 
-def _token_versions(completion: Completion) -> NDArray[np.int64]:
+def _token_versions(spans: Iterable[VersionSpan]) -> NDArray[np.int64]:
     """Policy version of each token, as far as the spans go on from one to the next."""
     versions: list[int] = []
-    for version, start, end in completion.spans:
-        if start == len(versions) and (not versions or version >= versions[-1]):
+    for version, start, end in spans:
+        if start == len(versions) and end <= MAX_SPAN_TOKENS and (not versions or version >= versions[-1]):
             versions += [version] * (end - start)
     return np.array(versions, np.int64)
+
+
+def _spans(versions: NDArray[np.int64]) -> tuple[VersionSpan, ...]:
+    """One for each run of equal versions."""
+    cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
+    return tuple(VersionSpan(int(versions[start]), start, end) for start, end in pairwise(cuts))

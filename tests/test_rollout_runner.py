@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.engine import EngineDead, RequestFailed
@@ -18,7 +19,7 @@ from actors.rollouts import runner as runner_module
 from actors.rollouts.runner import RolloutRunner
 from protocol.config import Config
 from protocol.errors import ConfigError
-from protocol.types import LeaseKind
+from protocol.types import FinishReason, LeaseKind, VersionSpan
 from tests.engines import until
 from tests.rollouts import LEASE, PROMPT, Bench
 
@@ -72,6 +73,11 @@ def test_a_reward_and_metrics_of_the_environment_come_with_the_completion(tmp_pa
         ("return [1][5]", "mine:play raised IndexError"),
         ("sys.exit(3)", "mine:play raised SystemExit: 3"),
         ("raise KeyboardInterrupt", "mine:play raised KeyboardInterrupt"),
+        ("raise BaseException('odd')", "mine:play raised BaseException: odd"),
+        (
+            "class Mute(Exception):\n        def __str__(self): raise ValueError\n    raise Mute",
+            "mine:play raised Mute",
+        ),
         ("raise asyncio.CancelledError", "mine:play cancelled itself"),
         ("await asyncio.Event().wait()", r"mine:play gave no answer within 0\.2 s of its own \(rollout\.timeout_s\)"),
         (
@@ -181,6 +187,28 @@ def test_code_that_cannot_be_called_is_told_at_the_start(
     bench = Bench(tmp_path, code, rollout=settings)
     with pytest.raises(ConfigError, match=reason):
         RolloutRunner(bench.config, bench.config.rollout, tmp_path / "model")
+
+
+def test_a_completion_made_by_hand_goes_out_in_the_types_of_the_wire(tmp_path: Path) -> None:
+    """Whatever the rollout says of the log-probabilities of what was observed."""
+    code = (
+        HEAD
+        + """
+    import numpy as np
+    from protocol.types import Completion
+    made = await engine.generate(prompt.tokens, max_tokens=4)
+    tokens = [*made.tokens.tolist(), 7, 7]
+    spans = [[0, 0, 2], [0, 2, 6]]
+    logprobs = [*made.behavior_logprobs.tolist(), 9.0, float("inf")]
+    return Completion(tokens, logprobs, spans, "length", [False] * 4 + [True] * 2)
+"""
+    )
+    [episode] = Bench(tmp_path, code).play(0)
+    made = episode.completion
+    assert (made.tokens.dtype, made.behavior_logprobs.dtype) == (np.int32, np.float32)
+    assert np.isnan(made.behavior_logprobs).tolist() == [False] * 4 + [True] * 2
+    assert made.spans == (VersionSpan(0, 0, 6),)
+    assert made.finish_reason is FinishReason.LENGTH
 
 
 def test_a_single_turn_is_the_engines_own_answer(tmp_path: Path) -> None:

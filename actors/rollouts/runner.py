@@ -84,14 +84,15 @@ class RolloutRunner:
             if not isinstance(made, Completion | Episode):
                 raise RolloutFailed(f"gave {_shown(made)}, expected a Completion or an Episode")
             episode = made if isinstance(made, Episode) else Episode(made)
-            engine.check(episode.completion)
-            return self._checked(episode)
+            return self._checked(episode, engine.check(episode.completion))
+        except asyncio.CancelledError:
+            raise
         except RolloutFailed as error:
             raise RolloutFailed(f"{self.name}: {error}") from None
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the user's own code may raise anything
-            raise RolloutFailed(f"{self.name} raised {type(error).__name__}: {error}") from error
+        except BaseException as error:  # the user's own code may raise anything
+            raise RolloutFailed(f"{self.name} raised {_said(error)}") from error
 
-    def _checked(self, episode: Episode) -> Episode:
+    def _checked(self, episode: Episode, completion: Completion) -> Episode:
         """Raise RolloutFailed unless the broker would take reward and metrics."""
         if episode.reward is not None and self._settings.weight is None:
             raise RolloutFailed(f"gave the reward {_shown(episode.reward)}, which has no weight; set rollout.weight")
@@ -103,7 +104,7 @@ class RolloutRunner:
                 f"at most {MAX_METRICS} metrics with names of up to {MAX_NAME - len(ENVIRONMENT) - 1} characters are "
                 f"expected, got {len(metrics)}, one called {longest[:40]}"
             )
-        return Episode(episode.completion, reward, metrics)
+        return Episode(completion, reward, metrics)
 
     async def _end(self, task: asyncio.Task[Episode]) -> None:
         """Cancel what still runs. Code that does not end then is left to itself, without an engine."""
@@ -144,6 +145,13 @@ def _check_arguments(function: Callable[..., Any], use: str, arguments: Mapping[
             f"{use} cannot be called with engine, prompt and {', '.join(arguments) or 'nothing else'}: {error}; set "
             "rollout.args, or give its further parameters a default"
         ) from None
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of an exception whose text cannot be made
+        return type(error).__name__
 
 
 def _number(value: Any, what: str) -> float:
