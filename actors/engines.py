@@ -20,11 +20,10 @@ def engine_environment(config: Config, device: str) -> dict[str, str]:
 
 def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
     """Not started yet. `model` holds config and tokenizer."""
-    sampled = max(config.sampling.max_tokens, config.evaluation.max_tokens)
     dtype = config.model.dtype if config.model.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     options = EngineOptions(
         model_path=model,
-        max_model_len=config.data.max_prompt_tokens + sampled,
+        max_model_len=config.context_tokens,
         dtype=dtype,
         device=device,
         seed=seed,

@@ -22,14 +22,15 @@ import numpy as np
 
 from actors.engine import Engine, EngineStatistics, LoadTimes, RequestFailed
 from actors.outcomes import error_result, release, result
-from actors.rollout import attempt_for, sampling_for, single_turn
+from actors.rollout import Episode, RolloutFailed, attempt_for, sampling_for
+from actors.rollouts.runner import RolloutRunner
 from actors.scorer import Scorer
 from actors.snapshot_source import SnapshotSource
 from protocol.config import Config
 from protocol.errors import SnapshotError
 from protocol.messages import Beat, BeatAnswer, LeaseItem, Leases, Pull, Result, Verdict, VersionHint, Wait
 from protocol.session import Session
-from protocol.types import Completion, Lease, LeaseKind, Prompt
+from protocol.types import Lease, LeaseKind, Prompt
 from protocol.weights import Snapshot
 
 log = logging.getLogger("tether.generator")
@@ -44,7 +45,7 @@ class Running:
     lease: Lease
     epoch: int  # that it was given in; the next one counts attempts from the beginning
     task: asyncio.Task[None] | None = None
-    tokens: int = 0  # of its finished samples
+    tokens: int = 0  # of its finished turns
 
     @property
     def key(self) -> tuple[int, int]:
@@ -55,14 +56,25 @@ class Running:
         """Prefix of its requests to the engine."""
         return f"{self.lease.kind}-{self.epoch:x}-{self.lease.prompt.number}-{self.lease.attempt}"
 
+    def generated(self, tokens: int) -> None:
+        """A turn of one of its samples has ended."""
+        self.tokens += tokens
+
 
 class Generator:
     """One engine and what it is working on. `run` ends when `leave` is called or something is beyond repair."""
 
     def __init__(
-        self, session: Session, engine: Engine, scorer: Scorer, source: SnapshotSource, config: Config
+        self,
+        session: Session,
+        engine: Engine,
+        rollout: RolloutRunner,
+        scorer: Scorer,
+        source: SnapshotSource,
+        config: Config,
     ) -> None:
         self._session, self._engine, self._scorer, self._source, self._config = session, engine, scorer, source, config
+        self._rollout = rollout
         self._running: dict[tuple[int, int], Running] = {}  # by (prompt, attempt)
         self._newest = (0, "")  # (version, digest) as the broker says
         self._leaving = asyncio.Event()
@@ -156,12 +168,13 @@ class Generator:
         sampling = sampling_for(lease, sample, self._config)
         attempt = attempt_for(lease, running.name, sample, sampling, self._config.run.seed)
         try:
-            completion = await single_turn(self._engine, lease, attempt)
+            episode = await self._rollout.run(self._engine, lease, attempt, running.generated)
         except RequestFailed as error:
             message = error_result(lease, sample, epoch, f"generation failed: {error}")
+        except RolloutFailed as error:
+            message = error_result(lease, sample, epoch, f"rollout failed: {error}")
         else:
-            running.tokens += len(completion.tokens)
-            message = await self._scored(lease, sample, epoch, completion)
+            message = await self._scored(lease, sample, epoch, episode)
         verdict = await self._session.ask(
             message, bulk=True, timeout_s=self._config.watchdog.orphan_s, what="a result's status"
         )
@@ -170,11 +183,11 @@ class Generator:
         if verdict.status == "invalid":
             log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
 
-    async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion) -> Result:
-        score = await self._scorer.score(lease.prompt, completion)
+    async def _scored(self, lease: Lease, sample: int, epoch: int, episode: Episode) -> Result:
+        score = await self._scorer.score(lease.prompt, episode)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, completion, score.reward, score.rewards, score.metrics)
+        return result(lease, sample, epoch, episode.completion, score.reward, score.rewards, score.metrics)
 
     # --- Weights
 

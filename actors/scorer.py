@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,9 +12,15 @@ from tokenizers import Tokenizer
 from actors.rewards.model import RewardModel
 from actors.rewards.pool import RewardPool, Scored
 from actors.rewards.process import RewardFailed
+from actors.rollout import Episode
+from protocol.brought_code import shown_name
+from protocol.config import Config
+from protocol.fields import MAX_METRICS
+from protocol.reward_model import REWARD_MODEL
 from protocol.rewards import scored_by
+from protocol.rollouts import ENVIRONMENT
 from protocol.sections import RewardsConfig
-from protocol.types import Completion, Prompt
+from protocol.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +34,15 @@ class Score:
 
 
 class Scorer:
-    """Scores for one generator. `device`: where that computes."""
+    """Scores for one generator."""
 
-    def __init__(
-        self,
-        settings: RewardsConfig,
-        model: Path,
-        max_tokens: int,
-        device: str = "cpu",
-        trust_remote_code: bool = False,
-    ) -> None:
-        self._pool = RewardPool(settings, max_tokens) if settings.functions else None
-        self._model = RewardModel(settings.model, device, trust_remote_code) if settings.model.path else None
-        self._scored_by = scored_by(settings)
+    def __init__(self, config: Config, rewards: RewardsConfig, model: Path, device: str = "cpu") -> None:
+        """`rewards`: the run's, with code and model where this host has them; `device`: where that model computes."""
+        self._names = [shown_name(function.use) for function in config.rewards.functions]
+        self._weights = dict(scored_by(config))
+        self._pool = RewardPool(rewards, config.sampling.max_tokens) if rewards.functions else None
+        trusted = config.model.trust_remote_code
+        self._model = RewardModel(rewards.model, device, trusted) if rewards.model.path else None
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
     async def start(self) -> None:
@@ -49,27 +52,31 @@ class Scorer:
         if self._model is not None:
             await self._model.start()
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score(self, prompt: Prompt, episode: Episode) -> Score:
         """The weighted sum over those that have an opinion; an error when one fails, or none has an opinion.
 
         The model comes last: a completion that is an error by then costs it nothing.
         """
+        completion = episode.completion
         tokens = completion.tokens.tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        scored = Scored([], [{}])
+        scored, values = Scored([], [{}]), dict[str, float | None]()
         try:
             if self._pool is not None:
                 scored = await self._pool.score([text], [tokens], prompt.columns, completion.spans[-1].version)
-            values = [row[0] for row in scored.values]
+                values = dict(zip(self._names, (row[0] for row in scored.values), strict=True))
             if self._model is not None:
-                values.append(await self._model.score(prompt.conversation, text))
+                values[REWARD_MODEL] = await self._model.score(prompt.conversation, text)
         except RewardFailed as error:
             return Score(error=str(error))
-        if all(value is None for value in values):
+        if ENVIRONMENT in self._weights:
+            values[ENVIRONMENT] = episode.reward
+        opinions = [(name, value) for name, value in values.items() if value is not None]
+        if not opinions:
             return Score(error="no reward function has an opinion")
-        pairs = list(zip(self._scored_by, values, strict=True))
-        total = sum(weight * value for (_, weight), value in pairs if value is not None)
-        return Score(total, {name: value for (name, _), value in pairs}, metrics=scored.metrics[0])
+        metrics = {**episode.metrics, **scored.metrics[0]}
+        total = sum(self._weights[name] * value for name, value in opinions)
+        return Score(total, values, metrics=dict(islice(metrics.items(), MAX_METRICS)))
 
     async def close(self) -> None:
         if self._model is not None:

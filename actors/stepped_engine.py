@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from actors.engine import (
     EngineDead,
@@ -66,6 +67,7 @@ class SteppedEngine(ABC):
         self._failure: EngineError | None = None
         self._generated_tokens = 0
         self._num_unseeded = 0
+        self._tokenizer: Tokenizer | None = None  # read when a request first wants to stop at a text
 
     @abstractmethod
     async def _build(self) -> None:
@@ -129,6 +131,15 @@ class SteppedEngine(ABC):
             self.held, self.held_base = HeldVersion(snapshot.version, snapshot.digest), snapshot.manifest.base
             return LoadTimes(paused - started, time.perf_counter() - paused, 0.0)
 
+    def _has_stop(self, request: Running) -> bool:
+        """Whether the last token completed one of the texts to stop at: a text has at most as many tokens as bytes."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_file(str(self._options.model_path / "tokenizer.json"))
+        stop = request.sampling.stop
+        window = [draw.token for draw in request.draws[-1 - max(len(text.encode()) for text in stop) :]]
+        written = self._tokenizer.decode(window, skip_special_tokens=False)
+        return any(text in written for text in stop)
+
     def progress(self) -> Mapping[str, int]:
         return {request_id: len(request.draws) for request_id, request in self._requests.items()}
 
@@ -175,7 +186,8 @@ class SteppedEngine(ABC):
             request.spans.append(VersionSpan(version, position, position + 1))
         if request.ended.done():  # aborted or cancelled during this step
             return
-        if draw.token in self._stop_token_ids() or draw.token in request.sampling.stop_token_ids:
+        stops = draw.token in self._stop_token_ids() or draw.token in request.sampling.stop_token_ids
+        if stops or (request.sampling.stop and self._has_stop(request)):
             request.ended.set_result(_completion(request, FinishReason.STOP))
         elif position + 1 == min(request.sampling.max_tokens, self._options.max_model_len - len(request.prompt)):
             request.ended.set_result(_completion(request, FinishReason.LENGTH))

@@ -248,10 +248,13 @@ def _sampling_params(sampling: SamplingParams, seed: int | None) -> vllm.Samplin
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         stop_token_ids=list(sampling.stop_token_ids),
+        stop=list(sampling.stop),
         seed=seed,
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
-        detokenize=False,
+        detokenize=bool(sampling.stop),  # the text is for finding stops in it, and is not asked for
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
         output_kind=RequestOutputKind.CUMULATIVE,  # its lists are shared, not copied; deltas would have to be joined
     )
 

@@ -31,6 +31,8 @@ def invalid_reason(
         return f"{len(result.behavior_logprobs)} log-probabilities for {length} tokens"
     if len(result.observed) != (length if result.has_observed else 0):
         return f"{len(result.observed)} observation marks for {length} tokens"
+    if result.has_observed and result.observed.all():
+        return f"all of {length} tokens are observed"
     if int(result.tokens.min()) < 0 or int(result.tokens.max()) >= vocab_size:
         return f"a token outside the vocabulary of {vocab_size}"
     return _bad_logprobs(result) or _bad_spans(result, length, versions) or _bad_reward(result, reward_names)

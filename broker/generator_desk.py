@@ -39,7 +39,7 @@ from protocol.messages import (
     Verdict,
     Wait,
 )
-from protocol.rewards import scored_by
+from protocol.rewards import names_in_results
 from protocol.types import LeaseKind, Prompt, Trajectory
 
 log = logging.getLogger("tether.broker")
@@ -169,7 +169,7 @@ class GeneratorDesk:
             max_tokens=sampling.max_tokens,
             vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
-            reward_names=[name for name, _ in scored_by(config.rewards)],
+            reward_names=names_in_results(config),
         )
         answer = trajectory(message)
         if config.algorithm.overlong == "punish" and not evaluating:

@@ -14,6 +14,7 @@ from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.examples import WARMUP_FILE, write_examples
 from protocol.rewards import reward_digest
+from protocol.rollouts import rollout_digest
 
 
 def open_run(config: Config, run_dir: Path, host: str) -> RunState:
@@ -35,6 +36,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
         files=_files(folder),
         vocab_size=_vocab_size(folder),
         reward_digest=reward_digest([function.use for function in config.rewards.functions], config.rewards.model.path),
+        rollout_digest=rollout_digest(config.rollout.use),
     )
 
 

@@ -40,6 +40,7 @@ class RunState:
     files: dict[str, tuple[Path, int, str]]  # name -> (path, bytes, sha256): what generators fetch of the model folder
     vocab_size: int
     reward_digest: str
+    rollout_digest: str = ""
     epoch: int = field(default_factory=lambda: secrets.randbits(63) | 1)
     peers: Peers = field(default_factory=Peers)
     shelf: Shelf = field(default_factory=Shelf)

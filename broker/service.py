@@ -203,6 +203,12 @@ class Service:
                 f"{hello.name} would score with other reward code than the run, or another reward model; give it the "
                 "same files with --reward and --reward-model",
             )
+        if role is Role.GENERATOR and hello.rollout_digest != run.rollout_digest:
+            raise ProtocolError(
+                "rollout",
+                f"{hello.name} would make completions by another rollout than the run; give it the same file with "
+                "--rollout",
+            )
         if role is not Role.STATUS:
             self._take_over(role, hello)
         if len(run.peers) >= MAX_PEERS:

@@ -40,6 +40,7 @@ from protocol.addresses import Addresses
 from protocol.errors import ConfigError, Exit, TetherError
 from protocol.reward_model import check_reward_model
 from protocol.rewards import check_rewards
+from protocol.rollouts import check_rollout
 from protocol.setting_names import known_keys, nearest
 from protocol.settings import DEFAULT, Settings, Value, build, from_environment, read_recipe, read_saved
 from protocol.sources import absolute_sources
@@ -78,6 +79,7 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
     check_rewards([function.use for function in settings.config.rewards.functions])
     if settings.config.rewards.model.path:
         check_reward_model(settings.config.rewards.model)
+    check_rollout(settings.config.rollout.use)
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
@@ -213,11 +215,17 @@ def _absolute(settings: Settings) -> Settings:
     if "rewards.functions" in settings.values:
         functions = [function.model_dump() for function in settings.config.rewards.functions]
         for function in functions:
-            file, colon, name = function["use"].partition(":")
-            if colon and Path(file).is_file():
-                function["use"] = f"{Path(file).resolve()}:{name}"
+            function["use"] = _absolute_code(function["use"])
         values.append(settings.values["rewards.functions"]._replace(value=functions))
+    if "rollout.use" in settings.values:
+        values.append(settings.values["rollout.use"]._replace(value=_absolute_code(settings.config.rollout.use)))
     return settings.override(values)
+
+
+def _absolute_code(use: str) -> str:
+    """FILE.py:NAME with the file named from the root; other names as they are."""
+    file, colon, name = use.partition(":")
+    return f"{Path(file).resolve()}:{name}" if colon and Path(file).is_file() else use
 
 
 def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:

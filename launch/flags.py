@@ -29,6 +29,7 @@ GROUPS = {
     "the task": {
         "--model": ("model.path", "M"),
         "--dataset": ("data.train", "D[#N][,D...]"),
+        "--rollout": ("rollout.use", "NAME|FILE.py:NAME|package.module:NAME"),
         "--reward": ("rewards.functions", "NAME|FILE.py:NAME|package.module:NAME[:WEIGHT]"),
         "--reward-model": ("rewards.model.path", "FOLDER[:WEIGHT]"),
     },

@@ -38,6 +38,7 @@ from protocol.keys import read_client_key
 from protocol.messages import Beat, Hello, Role
 from protocol.parent import leave_with_parent
 from protocol.rewards import reward_digest, with_files
+from protocol.rollouts import rollout_digest, with_own_file
 from protocol.session import Session
 from protocol.shared_memory import private_folder
 
@@ -59,6 +60,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
     parser.add_argument("--reward-model", default="", metavar="FOLDER", help="where the run's reward model lies here")
+    parser.add_argument(
+        "--rollout", default="", metavar="CODE:NAME", help="rollout of the run, where it is no built-in"
+    )
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -69,7 +73,9 @@ async def generate(args: argparse.Namespace) -> None:
     """Join, fetch what is needed, work until told to leave."""
     from actors.engines import build_engine, engine_environment
     from actors.generator import Generator
+    from actors.loop_watch import LoopWatch
     from actors.model_files import fetch_model_files
+    from actors.rollouts.runner import RolloutRunner
     from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
 
@@ -78,7 +84,8 @@ async def generate(args: argparse.Namespace) -> None:
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
     uses = [function.use for function in own.rewards.functions] if own else args.reward
     reward_model = own.rewards.model.path if own else args.reward_model
-    digest = reward_digest(uses, reward_model)
+    rollout_use = own.rollout.use if own else args.rollout
+    scores_by, rolls_by = reward_digest(uses, reward_model), rollout_digest(rollout_use)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
 
@@ -89,7 +96,8 @@ async def generate(args: argparse.Namespace) -> None:
             incarnation=incarnation,
             host=host_identity(),
             settings_digest=settings_digest,
-            reward_digest=digest,
+            reward_digest=scores_by,
+            rollout_digest=rolls_by,
         )
 
     try:
@@ -100,21 +108,23 @@ async def generate(args: argparse.Namespace) -> None:
     config = Config.model_validate(session.welcome.settings)
     settings_digest = config.result_digest()
     staging = private_folder(f"generator-{args.name.replace('/', '_')}")
-    scorer = engine = None
+    scorer = engine = watch = None
     farewell = "leaves"
     try:
         model = await fetch_model_files(session, staging / "model")
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        rewards, trusted = with_files(config.rewards, uses, reward_model), config.model.trust_remote_code
-        scorer = Scorer(rewards, model, config.sampling.max_tokens, device, trusted)
+        rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
+        scorer = Scorer(config, with_files(config.rewards, uses, reward_model), model, device)
         await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries
         await _reported(engine.start(), session, config)
+        if rollout.code_file:
+            watch = LoopWatch(rollout.name, rollout.code_file, config.rollout.timeout_s, _end_now)
         generator = Generator(
-            session, engine, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
+            session, engine, rollout, scorer, SnapshotSource(session, staging, config.watchdog.orphan_s), config
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, generator.leave)
@@ -124,6 +134,8 @@ async def generate(args: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(TetherError):
             await session.close(farewell)
+        if watch is not None:
+            watch.close()
         if engine is not None:
             await engine.close()
         if scorer is not None:
@@ -142,6 +154,13 @@ async def _reported(
         await session.ask(Beat(state=state, for_s=for_s), timeout_s=config.watchdog.orphan_s)
         await asyncio.wait([task], timeout=config.watchdog.heartbeat_s)
     return await task
+
+
+def _end_now(reason: str) -> None:
+    """End a process whose event loop will not: its parts follow it, and the supervisor starts another."""
+    log.error("%s; this process ends", reason)
+    logging.shutdown()
+    os._exit(Exit.ENGINE_STALLED)
 
 
 def main(argv: list[str] | None = None) -> int:

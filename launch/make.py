@@ -10,8 +10,9 @@ from protocol.errors import ConfigError, PreflightError
 from protocol.settings import DEFAULT, Settings, Value
 
 TOOL = "tools/demo_task.py"
-KINDS = ("demo", "tiny_model")
-"""What a recipe may ask for: the demo's model and rows, or a tiny model for the rows that `data.train` names."""
+KINDS = ("demo", "demo_calculator", "tiny_model")
+"""What a recipe may ask for: the demo's model and rows, the same with large numbers, or a tiny model for the rows that
+`data.train` names."""
 
 
 def make(name: str, settings: Settings, folder: Path, repository: Path) -> Settings:
@@ -24,6 +25,7 @@ def make(name: str, settings: Settings, folder: Path, repository: Path) -> Setti
     if name == "tiny_model":
         command += ["--data", config.data.train]
     else:
+        command += ["--large"] if name == "demo_calculator" else []
         made |= {"data.train": folder / "train.jsonl", "data.eval": folder / "test.jsonl"}
         made |= {"warmup.data": folder / "warmup.jsonl"}
     if subprocess.run(command, check=False).returncode:

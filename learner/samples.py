@@ -34,6 +34,7 @@ def sample_fields(
         "group_rewards": of_group[~np.isnan(of_group)].tolist(),
         "prompt_tokens": len(item.prompt_tokens),
         "completion_tokens": len(item.completion.tokens),
+        "observed_tokens": 0 if item.completion.observed is None else int(item.completion.observed.sum()),
         "finish_reason": item.completion.finish_reason.value,
         "versions": [list(span) for span in item.completion.spans],
     }

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from protocol.algorithm import GROUP_RELATIVE, AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
 from protocol.fields import MAX_NAME, MAX_REWARDS
 from protocol.rewards import scored_by
+from protocol.rollouts import SINGLE_TURN
 from protocol.sections import (
     AtBound,
     BatchConfig,
@@ -28,6 +29,7 @@ from protocol.sections import (
     ModelConfig,
     NetworkConfig,
     RewardsConfig,
+    RolloutConfig,
     RunConfig,
     SamplingConfig,
     Section,
@@ -37,7 +39,7 @@ from protocol.sections import (
 )
 from protocol.types import SamplingParams
 
-CHANGES_RESULTS = ("model", "sampling", "rewards", "batch", "algorithm", "data", "lora")
+CHANGES_RESULTS = ("model", "sampling", "rollout", "rewards", "batch", "algorithm", "data", "lora")
 """Sections that change what a completion or its reward is."""
 
 
@@ -46,6 +48,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -78,9 +81,15 @@ class Config(Section):
                 )
         self._algorithm_rules()
         self._kl_rules()
-        if not self.rewards.functions and not self.rewards.model.path:
+        if not scored_by(self):
             raise ValueError(
-                "at least one reward is needed, got none; set rewards.functions or --reward NAME, or --reward-model"
+                "at least one reward is needed, got none; set rewards.functions or --reward NAME, --reward-model, or "
+                "rollout.weight for a rollout that gives one"
+            )
+        if self.rollout.use == SINGLE_TURN and self.rollout.weight is not None:
+            raise ValueError(
+                f"a single turn gives no reward of its own to weigh, got rollout.weight {self.rollout.weight:g}; set "
+                "rollout.use to one that does, or leave rollout.weight out"
             )
         self._check_rewards_fit_a_result()
         return self
@@ -166,7 +175,7 @@ class Config(Section):
                     raise ValueError(f"kl.{name} shapes a gradient, which a reward has none of; set kl.place loss")
 
     def _check_rewards_fit_a_result(self) -> None:
-        names = [name for name, _ in scored_by(self.rewards)]
+        names = [name for name, _ in scored_by(self)]
         if len(names) > MAX_REWARDS:
             raise ValueError(
                 f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "
@@ -195,6 +204,11 @@ class Config(Section):
     def samples_per_lease(self) -> int:
         """Completions that are made of one training prompt: G, and with remax a greedy one, the last, as baseline."""
         return self.batch.group_size + (self.algorithm.advantage == "remax")
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that a generator makes: prompt and completion, of training or evaluation."""
+        return self.data.max_prompt_tokens + max(self.sampling.max_tokens, self.evaluation.max_tokens)
 
     def evaluation_params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.evaluation.max_tokens or self.sampling.max_tokens, temperature=0.0)

@@ -114,6 +114,8 @@ class Hello(Message):
     """Rank 0: msgpack of the ledger as of the cut of its last agreed batch."""
     skipped: bool = False
     """Rank 0: that batch's step was not finite and changed nothing."""
+    rollout_digest: Name = ""
+    """Of a rollout that a generator brings itself."""
 
 
 class Welcome(Message):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from protocol.brought_code import brought_digest, is_brought, is_file, is_there, shown_name
 from protocol.errors import ConfigError
 from protocol.reward_model import REWARD_MODEL, reward_model_digest
+from protocol.rollouts import ENVIRONMENT, SINGLE_TURN
 
 if TYPE_CHECKING:
     from protocol.config import Config
@@ -40,47 +41,37 @@ def check_rewards(uses: Sequence[str]) -> None:
     for use in uses:
         if use in BUILT_IN:
             continue
-        place, _, name = use.partition(":")
-        if not name or not (is_file(use) or _is_module(place)):
+        if not (is_brought(use) and is_there(use)):
             raise ConfigError(
                 f"expected a reward of {', '.join(BUILT_IN)}, FILE.py:NAME or package.module:NAME, with :NUMBER as its "
                 f"weight, got {use}; set rewards.functions or --reward"
             )
+        place = use.partition(":")[0]
         if is_file(use) and not Path(place).is_file():
             raise ConfigError(f"expected reward code in {place}, there is no such file; set --reward")
 
 
-def is_file(use: str) -> bool:
-    """Whether a reward is FILE.py:NAME."""
-    return use.partition(":")[0].endswith(".py")
-
-
-def is_brought(use: str) -> bool:
-    """Whether a reward is a user's code, and not a built-in."""
-    return ":" in use
-
-
-def shown_name(use: str) -> str:
-    """What results and curves call it: the built-in's name, or the module's without its folder or package."""
-    place, _, name = use.partition(":")
-    if not is_brought(use):
-        return use
-    return f"{Path(place).stem if is_file(use) else place.rpartition('.')[2]}:{name}"
-
-
-def scored_by(rewards: RewardsConfig) -> list[tuple[str, float]]:
-    """What a generator scores with, by shown name with its weight: the functions, and the reward model if there is one.
-
-    In the order of every list of rewards.
-    """
+def scored_by(config: Config) -> list[tuple[str, float]]:
+    """What a generator adds up, each by its shown name with its weight: functions, reward model, environment."""
+    rewards = config.rewards
     found = [(shown_name(function.use), function.weight) for function in rewards.functions]
-    return [*found, (REWARD_MODEL, rewards.model.weight)] if rewards.model.path else found
+    if rewards.model.path:
+        found.append((REWARD_MODEL, rewards.model.weight))
+    if config.rollout.weight is not None:
+        found.append((ENVIRONMENT, config.rollout.weight))
+    return found
 
 
 def weighted_functions(config: Config) -> list[tuple[str, float]]:
-    """What a reward is the sum of, each by its shown name with its weight."""
-    found = scored_by(config.rewards)
+    """What a reward is the sum of once the broker has added its part."""
+    found = scored_by(config)
     return [*found, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else found
+
+
+def names_in_results(config: Config) -> list[str]:
+    """Under which names a generator may give rewards, and numbers beside them as NAME/KEY."""
+    names = [name for name, _ in scored_by(config)]
+    return names if config.rollout.use == SINGLE_TURN or ENVIRONMENT in names else [*names, ENVIRONMENT]
 
 
 def reward_digest(uses: Sequence[str], model: str = "") -> str:
@@ -88,21 +79,8 @@ def reward_digest(uses: Sequence[str], model: str = "") -> str:
 
     Raises ConfigError if a file is missing.
     """
-    digest = hashlib.sha256()
-    brought = [use for use in uses if is_brought(use)]
-    for use in brought:
-        place, _, name = use.partition(":")
-        try:
-            content = (Path(place) if is_file(use) else _file_of_module(place)).read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"expected reward code in {place}, {(error.strerror or 'unreadable').lower()}; set rewards.functions "
-                "or --reward"
-            ) from None
-        digest.update(name.encode() + b"\0" + content + b"\0")
-    if model:
-        digest.update(reward_model_digest(Path(model)).encode())
-    return digest.hexdigest()[:32] if brought or model else ""
+    code = brought_digest(uses, "reward", "rewards.functions or --reward")
+    return hashlib.sha256(f"{code}/{reward_model_digest(Path(model))}".encode()).hexdigest()[:32] if model else code
 
 
 def with_files(rewards: RewardsConfig, uses: Sequence[str], model: str = "") -> RewardsConfig:
@@ -114,24 +92,3 @@ def with_files(rewards: RewardsConfig, uses: Sequence[str], model: str = "") -> 
     ]
     here_too = {"model": rewards.model.model_copy(update={"path": model})} if model else {}
     return rewards.model_copy(update={"functions": tuple(functions), **here_too})
-
-
-def _is_module(name: str) -> bool:
-    try:
-        _file_of_module(name)
-    except ConfigError:
-        return False
-    return True
-
-
-def _file_of_module(name: str) -> Path:
-    """Where Python would import it from, without running its packages. Raises ConfigError if that is nowhere."""
-    folders, spec = None, None
-    for depth in range(1, name.count(".") + 2):
-        spec = PathFinder.find_spec(".".join(name.split(".")[:depth]), folders)
-        folders = list(spec.submodule_search_locations or []) if spec else []
-    if spec is None or not spec.has_location or spec.origin is None:
-        raise ConfigError(
-            f"expected reward code in a module {name}, Python finds none; install it, or put its folder into PYTHONPATH"
-        )
-    return Path(spec.origin)

@@ -83,6 +83,17 @@ class SamplingConfig(Section):
         return SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature)
 
 
+class RolloutConfig(Section):
+    use: str = "single_turn"
+    """How a prompt becomes a completion: single_turn, calculator, FILE.py:NAME or package.module:NAME."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the rollout, beside engine and prompt."""
+    weight: float | None = None
+    """Factor, in the sum, of the reward that the rollout gives by itself (environment). null: it gives none."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds that one sample may spend in the rollout's own code and tools; the time of the engine is not counted."""
+
+
 class StalenessConfig(Section):
     max: NonNegativeInt = 2
     """S: a token may be at most this many policy versions old when it is trained. 0 is the synchronous algorithm."""

@@ -46,6 +46,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's own end of sequence
+    stop: tuple[str, ...] = ()  # the token that completes one of these texts is the last; special tokens are text, too
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from actors.engine import EngineOptions
 from actors.fake_engine import FakeEngine
 from actors.generator import Generator
+from actors.rollouts.runner import RolloutRunner
 from actors.scorer import Scorer
 from actors.snapshot_source import SnapshotSource
 from broker.open_run import open_run
@@ -45,13 +46,8 @@ REWARD = """def score(completion, answer):
 def make_run(folder: Path, num_rows: int = 40, **sections: dict[str, Any]) -> Config:
     """A run folder with data, tokenizer, keys and addresses, and its settings."""
     model, data = folder / "model", folder / "data"
-    model.mkdir(parents=True)
-    data.mkdir()
-    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(model / "tokenizer.json"))
-    (model / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY, "eos_token_id": 0}))
+    make_model_files(model, VOCABULARY)
+    data.mkdir(parents=True)
     for name, count in (("train", num_rows), ("test", 6)):
         rows = [{"question": f"w{1 + row % 99} w{1 + row * 7 % 99}", "answer": "none"} for row in range(count)]
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -74,6 +70,16 @@ def make_run(folder: Path, num_rows: int = 40, **sections: dict[str, Any]) -> Co
     fields = {"control": addresses.control, "bulk": addresses.bulk, "run_id": "test"}
     (folder / "broker.json").write_text(json.dumps(fields))
     return Config.model_validate(settings)
+
+
+def make_model_files(model: Path, vocabulary: int) -> None:
+    """Tokenizer and config of a model whose tokens are the words w1, w2, ..; 0 ends a completion."""
+    model.mkdir(parents=True)
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": vocabulary, "eos_token_id": 0}))
 
 
 @contextmanager
@@ -130,23 +136,31 @@ class FakeGenerator:
 
     async def _generate(self) -> None:
         from protocol.rewards import reward_digest
+        from protocol.rollouts import rollout_digest
 
         digest = reward_digest([function.use for function in self.config.rewards.functions])
         key = read_client_key(self.folder / "keys" / "generator.key")
 
         def hello() -> Hello:
             return Hello(
-                role=Role.GENERATOR.value, name=self.name, incarnation=id(self), host=self.host, reward_digest=digest
+                role=Role.GENERATOR.value,
+                name=self.name,
+                incarnation=id(self),
+                host=self.host,
+                reward_digest=digest,
+                rollout_digest=rollout_digest(self.config.rollout.use),
             )
 
         session = await Session.open(self.addresses or Addresses.read(self.folder), key, hello, timeout_s=10)
         options = EngineOptions(self.folder / "model", max_model_len=64, lora_rank=self.config.lora.rank)
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
-        scorer = Scorer(self.config.rewards, self.folder / "model", self.config.sampling.max_tokens)
+        rollout = RolloutRunner(self.config, self.config.rollout, self.folder / "model")
+        scorer = Scorer(self.config, self.config.rewards, self.folder / "model")
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
         staging.mkdir(mode=0o700)
-        self._generator = Generator(session, self.engine, scorer, SnapshotSource(session, staging, 10.0), self.config)
+        source = SnapshotSource(session, staging, 10.0)
+        self._generator = Generator(session, self.engine, rollout, scorer, source, self.config)
         self._work = asyncio.get_running_loop().create_task(self._generator.run())
         self._started.set()
         vanished = False

@@ -69,6 +69,7 @@ def test_each_token_has_one_log_probability(length: int) -> None:
 
 def test_observation_marks_cover_every_token_or_there_are_none() -> None:
     assert refusal(has_observed=True, observed=np.zeros(4, np.bool_)) == ""
+    assert refusal(has_observed=True, observed=np.ones(4, np.bool_)) == "all of 4 tokens are observed"
     assert refusal(has_observed=True, observed=np.zeros(3, np.bool_)) == "3 observation marks for 4 tokens"
     assert refusal(has_observed=False, observed=np.zeros(4, np.bool_)) == "4 observation marks for 4 tokens"
 

@@ -46,4 +46,4 @@ def test_log_probabilities_are_taken_exactly_when_they_can_be_some(
     missing = sum(value != value for value in own)
     marks = np.zeros(0, np.bool_) if observed is None else np.array(observed)
     said = refusal(length=length, behavior_logprobs=values, has_observed=observed is not None, observed=marks)
-    assert (said == "") == (is_possible and missing <= MAX_MISSING_SHARE * len(own))
+    assert (said == "") == (bool(own) and is_possible and missing <= MAX_MISSING_SHARE * len(own))

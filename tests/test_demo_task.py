@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from actors.rewards.gsm8k import gsm8k
+from actors.rollouts.arithmetic import worked_out
 from broker.prompts import PromptSource
 from broker.tokenizer import ChatTokenizer
 from protocol.settings import Value, build, read_recipe
@@ -20,6 +21,8 @@ from tools.word_problems import (
     GAINS,
     HASTY_AND_RIGHT,
     HIGHEST,
+    LARGE_HIGHEST,
+    LARGE_LOWEST,
     LEAST_HASTY,
     LOSSES,
     LOWEST,
@@ -104,6 +107,23 @@ def test_no_demonstration_answers_a_held_out_question() -> None:
     shown = demonstrations(3, 4000, NUM_HELD_OUT)
     assert len(shown) == 4000
     assert not any(problem.question in held_out for problem in shown)
+
+
+def test_large_problems_are_right_and_their_sums_are_those_that_the_calculator_works_out() -> None:
+    train, held_out = split(3, 1000, NUM_HELD_OUT, large=True)
+    shown = demonstrations(3, 1000, NUM_HELD_OUT, large=True)
+    worked = [problem for problem in shown if "=" in problem.answer]
+    assert 100 < len(worked) < 500
+    for problem in [*train, *held_out, *worked]:
+        assert gsm8k(problem.answer, str(story_value(problem.question))) == 1.0
+        sums = re.findall(r"<<([^=]+)=(\d+)>>(\d+)", problem.answer)
+        assert len(sums) == problem.answer.count("=")
+        for text, result, again in sums:
+            assert worked_out(text) == result == again
+        numbers = [int(number) for number in re.findall(r"\d+", problem.question)]
+        assert min(numbers) >= LARGE_LOWEST
+        assert max(numbers) <= LARGE_HIGHEST
+    assert not {problem.question for problem in held_out} & {problem.question for problem in train + shown}
 
 
 def test_the_tokenizer_gives_single_digits_and_its_own_text_back(

@@ -14,6 +14,8 @@ import pytest
 from actors.engine import EngineDead, EngineOptions, HeldVersion
 from actors.fake_engine import FakeEngine
 from actors.generator import Generator
+from actors.rollout import Episode
+from actors.rollouts.runner import RolloutRunner
 from actors.scorer import Score
 from protocol.config import Config
 from protocol.errors import SnapshotError
@@ -35,6 +37,7 @@ from protocol.messages import (
 from protocol.types import Completion, Prompt
 from protocol.weights import Snapshot, SnapshotWriter, lay_out
 from tests.engines import until
+from tests.small_run import make_model_files
 
 CONFIG = Config.model_validate(
     {
@@ -116,7 +119,7 @@ class Source:
 
 
 class Scorer:
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score(self, prompt: Prompt, episode: Episode) -> Score:
         return Score(1.0, {"one": 1.0})
 
 
@@ -127,7 +130,9 @@ class Stage:
         self.folder, self.session, self.source = folder, Session(), Source()
         options = EngineOptions(folder, max_model_len=64, max_num_seqs=8)
         self.engine = FakeEngine(options, step_s=step_s, load_s=load_s, mean_tokens=1e9)
-        self.generator = Generator(self.session, self.engine, Scorer(), self.source, config)  # type: ignore[arg-type]
+        make_model_files(folder / "model", 1000)
+        rollout = RolloutRunner(config, config.rollout, folder / "model")
+        self.generator = Generator(self.session, self.engine, rollout, Scorer(), self.source, config)  # type: ignore[arg-type]
 
     def make(self, version: int) -> Snapshot:
         writer = SnapshotWriter(self.folder / f"v{version}", lay_out([("w", "float32", (8,))]))

@@ -111,6 +111,32 @@ def test_the_default_step_is_decoupled_ppo_in_one_pass(model: str, ranks: Ranks,
     assert curves["mismatch/outside_frac"] == pytest.approx(np.mean(np.array(ratios) > 2.0), rel=1e-6)
 
 
+def test_what_a_tool_said_has_no_part_in_loss_gradient_or_curves(model: str, ranks: Ranks, share: Share) -> None:
+    """Whatever log-probability or version its tokens carry; they are read as context all the same."""
+    rng = np.random.default_rng(0)
+    items, others, changed = [], [], []
+    for item in share.items:
+        made = item.completion
+        observed = np.arange(len(made.tokens)) % 3 == 1
+        noise = np.where(observed, rng.normal(-9.0, 5.0, len(observed)), made.behavior_logprobs).astype(np.float32)
+        unknown = np.where(observed, np.nan, made.behavior_logprobs).astype(np.float32)
+        tokens = np.where(observed, 3, made.tokens).astype(np.int32)
+        items.append(replace(item, completion=replace(made, observed=observed, behavior_logprobs=unknown)))
+        others.append(replace(item, completion=replace(made, observed=observed, behavior_logprobs=noise)))
+        changed.append(replace(item, completion=replace(made, observed=observed, tokens=tokens)))
+    models, preparation = opened(model, ranks, algorithm={"advantage": "reinforce_plus_plus"}, kl={"coef": 0.1})
+    seen = []
+    for of_share in (items, others, changed):
+        (mini_batch,) = preparation.prepare(replace(share, items=tuple(of_share))).mini_batches
+        update = models.policy.update(mini_batch.micro_batches, preparation.loss(mini_batch), 0.0)
+        sums = preparation.mismatch(mini_batch.micro_batches, update.logprobs, STEP)
+        seen.append([mini_batch.totals.tokens, update.sums["loss"], update.grad_norm, *mismatch_curves(sums).values()])
+    num_sampled = sum(int((~item.completion.observed).sum()) for item in items)  # type: ignore[operator]
+    assert seen[0][0] == num_sampled
+    assert seen[0] == pytest.approx(seen[1], rel=1e-6, abs=1e-8)
+    assert seen[0][2] != pytest.approx(seen[2][2], rel=1e-3), "other context, other gradient"
+
+
 @pytest.mark.parametrize(
     "corrections",
     [

@@ -17,10 +17,10 @@ import pytest
 from launch.cluster import RECIPES, main
 from launch.flags import parse
 from launch.plan import Card, Devices, Paths, Process, ProcessRole, implied_settings, plan
+from protocol.brought_code import shown_name
 from protocol.checkpoints import latest_valid, step_of
 from protocol.errors import Exit
 from protocol.foreign_names import NAMES
-from protocol.rewards import shown_name
 from protocol.setting_names import known_keys
 from protocol.settings import build
 from tests import xml_page

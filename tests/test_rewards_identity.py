@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from protocol.brought_code import is_file
 from protocol.errors import ConfigError
-from protocol.rewards import is_file, reward_digest, with_files
+from protocol.rewards import reward_digest, with_files
 from protocol.sections import RewardConfig, RewardsConfig
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from actors.engine import EngineOptions
 from actors.fake_engine import FakeEngine
-from actors.rollout import attempt_for, sampling_for, sampling_seed, single_turn
+from actors.rollout import attempt_for, sampling_for, sampling_seed
 from protocol.config import Config
 from protocol.types import Completion, Lease, LeaseKind, Prompt, SamplingParams
 from protocol.weights import SnapshotWriter, lay_out
@@ -68,7 +68,8 @@ def test_a_lost_lease_is_generated_again_token_by_token(tmp_path: Path) -> None:
         await engine.start()
         await engine.load(made)
         asked = attempt_for(lease(kind, attempt, failures), f"try-{attempt}", 2, SAMPLING, run_seed=3)
-        completion = await single_turn(engine, lease(kind, attempt, failures), asked)
+        prompt = lease().prompt
+        completion = await engine.generate(asked.request_id, prompt.tokens, asked.sampling, asked.seed)
         await engine.close()
         return completion
 

@@ -52,7 +52,8 @@ def test_a_sample_has_its_rewards_by_function_its_groups_rewards_its_versions_an
     nan = np.nan
     spans = (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3))
     tokens = np.arange(3, dtype=np.int32)
-    completion = Completion(tokens, np.zeros(3, np.float32), spans, FinishReason.LENGTH)
+    observed = np.array([False, True, False])
+    completion = Completion(tokens, np.zeros(3, np.float32), spans, FinishReason.LENGTH, observed)
     item = ShareItem(1, 2, 77, np.zeros(5, np.int32), completion)
     rewards = np.float32([[0, 0, 0], [nan, 0.5, 1.25]])
     by_function = np.float32([[[0, 0, 0], [nan, 1, 2]], [[0, 0, 0], [nan, 0, nan]]])
@@ -68,6 +69,7 @@ def test_a_sample_has_its_rewards_by_function_its_groups_rewards_its_versions_an
         "group_rewards": [0.5, 1.25],
         "prompt_tokens": 5,
         "completion_tokens": 3,
+        "observed_tokens": 1,
         "finish_reason": "length",
         "versions": [[3, 0, 2], [4, 2, 3]],
     }

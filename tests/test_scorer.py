@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.rollout import Episode
 from actors.scorer import Score, Scorer
-from protocol.sections import RewardsConfig
+from protocol.config import Config
 from protocol.types import Completion, FinishReason, Prompt, VersionSpan
 from tests.small_run import make_run
 
@@ -26,15 +27,15 @@ def score(folder: Path, *functions: dict[str, object], answer: str = "w3 w4") ->
     model = Path(make_run(folder).model.path)
     (folder / "mine.py").write_text(CODE)
     named = [function | {"use": str(function["use"]).replace("mine", str(folder / "mine"))} for function in functions]
-    settings = RewardsConfig.model_validate({"functions": named})
+    config = Config.model_validate({"rewards": {"functions": named}, "sampling": {"max_tokens": 8}})
     tokens = np.array([3, 4], np.int32)
     completion = Completion(tokens, np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), FinishReason.STOP)
 
     async def run() -> Score:
-        scorer = Scorer(settings, model, max_tokens=8)
+        scorer = Scorer(config, config.rewards, model)
         try:
             await scorer.start()
-            return await scorer.score(Prompt(0, 0, tokens, {"answer": answer}), completion)
+            return await scorer.score(Prompt(0, 0, tokens, {"answer": answer}), Episode(completion))
         finally:
             await scorer.close()
 

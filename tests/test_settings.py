@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protocol.brought_code import shown_name
 from protocol.codec import Header, decode, encode
 from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.messages import Beat, Result
-from protocol.rewards import shown_name
 from protocol.setting_names import describe, known_keys
 from protocol.settings import Value, build, from_environment, from_text, load, read_recipe, read_saved
 

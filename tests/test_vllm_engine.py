@@ -26,6 +26,7 @@ import psutil
 import pytest
 import torch
 
+from actors.conversation import Conversation
 from actors.engine import (
     EngineDead,
     EngineOptions,
@@ -34,12 +35,15 @@ from actors.engine import (
     NotLoaded,
     RequestFailed,
 )
+from actors.rollout import Attempt
+from actors.sample_engine import SampleEngine
+from actors.texts import Texts
 from actors.transformers_engine import TransformersEngine
 from actors.vllm_engine import VLLMEngine
 from actors.vllm_settings import LEAKED_VARIABLES, engine_arguments, environment
 from protocol.errors import ConfigError, SnapshotError
 from protocol.snapshot_file import WEIGHTS_FILE
-from protocol.types import Completion, FinishReason, SamplingParams, VersionSpan
+from protocol.types import Completion, FinishReason, Prompt, SamplingParams, VersionSpan
 from protocol.weights import Snapshot
 from tests.adapters import ALPHA, RANK, adapters_snapshot, merged, random_adapters
 from tests.engines import all_reached, begin, outcome, prompts, until
@@ -340,6 +344,65 @@ def test_a_stop_token_of_the_request_ends_it_and_is_part_of_it(untied: Rig) -> N
     completion = untied.run(untied.engine.generate("stopped", question, sampling, 0))
     assert completion.tokens.tolist() == free[: free.index(stop) + 1]
     assert completion.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_text_ends_it_with_the_token_that_completes_it_and_both_engines_agree(
+    untied: Rig,
+) -> None:
+    """A text of two tokens, and one inside a token's. vLLM reads a Qwen2 folder with Qwen2's decoder: no spaces."""
+    rig = untied
+    questions = prompts(3)
+    oracle = TransformersEngine(rig.options)
+
+    async def both() -> None:
+        await oracle.start()
+        await oracle.load(rig.snapshot(held_base=""))
+        free = await asyncio.gather(*begin(rig.engine, questions, SamplingParams(40, 0.0)))
+        for question, whole in zip(questions, free, strict=True):
+            words = [f"w{token}" for token in whole.tokens.tolist()]
+            for engine, space in ((rig.engine, ""), (oracle, " ")):
+                for stop in (space.join(words[20:22]), words[25][1:]):
+                    ends = next(end for end in range(1, 41) if stop in space.join(words[:end]))
+                    sampling = SamplingParams(40, 0.0, stop=("nowhere", stop))
+                    made = await engine.generate(f"until {stop}", question, sampling, 0)
+                    assert made.tokens.tolist() == whole.tokens[:ends].tolist()
+                    assert (len(made.behavior_logprobs), made.spans[-1].end) == (ends, ends)
+                    assert made.finish_reason is FinishReason.STOP
+        await oracle.close()
+
+    rig.run(both())
+
+
+def test_turns_on_both_sides_of_an_update_are_of_the_weights_that_their_spans_name(rig: Rig) -> None:
+    """With the prefix cache of the first turn, and tokens between the turns that nobody sampled."""
+    assert rig.engine.held is not None
+    old, old_version = rig.model, rig.engine.held.version
+    [question] = prompts(1, length=100)
+
+    async def talked() -> Completion:
+        texts = Texts(rig.folder / "model")
+        sampling = SamplingParams(60, 1.0)
+        prompt = Prompt(0, 0, question)
+        own = SampleEngine(rig.engine, prompt, Attempt("talk", sampling, 7), texts, MAX_LEN, 60.0, lambda _: None)
+        talk = Conversation(own, prompt)
+        for _ in range(2):
+            await talk.generate(max_tokens=15)
+            talk.observe([5, 6, 7])
+        rig.change(seed=300 + rig.version)
+        await rig.engine.load(rig.snapshot())
+        await talk.generate()
+        made = talk.completion()
+        own.check(made)
+        return made
+
+    made = rig.run(talked())
+    assert made.spans == (VersionSpan(old_version, 0, 36), VersionSpan(rig.version, 36, 60))
+    assert made.observed is not None
+    assert np.flatnonzero(made.observed).tolist() == [15, 16, 17, 33, 34, 35]
+    by_old, by_new = (reference_logprobs(model, question, made, 1.0) for model in (old, rig.model))
+    for by, start, end in ((by_old, 0, 15), (by_old, 18, 33), (by_new, 36, 60)):
+        assert distance(by, made, start, end) < TOLERANCE
+    assert distance(by_old, made, 36, 60) > 1.0
 
 
 def test_progress_and_statistics_tell_what_runs(untied: Rig) -> None:

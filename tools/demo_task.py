@@ -1,6 +1,7 @@
 """Makes a task to try Tether on: a tiny model with its tokenizer, and for the demo the word problems it learns.
 
     python tools/demo_task.py --out FOLDER [--seed N]                model/ and word problems: train, test, warmup.jsonl
+    python tools/demo_task.py --out FOLDER --large [--seed N]        the same with sums that want a calculator
     python tools/demo_task.py --out FOLDER --data DATA [--seed N]    model/ alone, its tokenizer trained on DATA's rows
 
 Takes a second, needs no network, and the same seed gives the same files. DATA is what `data.train` takes.
@@ -36,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and of the model's weights")
     parser.add_argument("--data", default="", help="rows to make a model for, instead of word problems")
+    parser.add_argument("--large", action="store_true", help="word problems with large numbers, sums in << >>")
     args = parser.parse_args(argv)
     try:
-        texts = rows_as_text(args.data) if args.data else write_problems(args.out, args.seed)
+        texts = rows_as_text(args.data) if args.data else write_problems(args.out, args.seed, args.large)
     except TetherError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
@@ -48,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_problems(folder: Path, seed: int) -> list[str]:
+def write_problems(folder: Path, seed: int, large: bool = False) -> list[str]:
     """Training rows, held-out rows and demonstrations; returns the text a tokenizer is to know."""
     folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = split(seed, NUM_TRAIN, NUM_HELD_OUT)
-    shown = demonstrations(seed, NUM_SHOWN, NUM_HELD_OUT)
+    train, held_out = split(seed, NUM_TRAIN, NUM_HELD_OUT, large=large)
+    shown = demonstrations(seed, NUM_SHOWN, NUM_HELD_OUT, large=large)
     for name, problems in (("train", train), ("test", held_out), ("warmup", shown)):
         lines = [json.dumps(problem._asdict()) + "\n" for problem in problems]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

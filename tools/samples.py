@@ -124,7 +124,8 @@ def describe(sample: Sample) -> Iterator[str]:
     cut = ", cut off" if sample["finish_reason"] == "length" else ""
     yield f"step {sample['step']}  prompt {sample['prompt_number']}  sample {sample['sample']}  {written_by}"
     yield f"  reward      {sample['reward']:g}  ({functions}; its group of {len(group)}: {spread})"
-    yield f"  tokens      {sample['prompt_tokens']} + {sample['completion_tokens']}{cut}"
+    told = f", {observed} of them observed" if (observed := sample.get("observed_tokens", 0)) else ""
+    yield f"  tokens      {sample['prompt_tokens']} + {sample['completion_tokens']}{told}{cut}"
     for label in ("prompt", "completion"):
         for number, line in enumerate(sample[label].splitlines() or [""]):
             yield f"  {label if number == 0 else '':<12}{printable(line)}".rstrip()

@@ -1,11 +1,11 @@
 """The demo's task: word problems in GSM8K's form (question, reasoning, `#### 12`), generated with a seed.
 
-Pure; `tools/demo_task.py` writes the rows before a demo starts. A story has one or two changes, and there are two
-ways to answer: to write the sums down ("7+5=12, 12-4=8."), or hastily, with a number at once that is right now and
-then. The rows to train and to test with are all worked. Those of the supervised warm start are of mixed quality, as
-collected answers are, and most are hasty, about some people more than about others: a tiny model that imitates them
-has both habits and prefers the worse one. Which one is worth having is what the reward teaches it. No question of the
-held-out rows stands in any other row.
+Pure; `tools/demo_task.py` writes the rows before a demo starts. A story has one or two changes, and there are two ways
+to answer: to write the sums down ("7+5=12, 12-4=8."), or hastily, with a number at once that is right now and then. In
+large problems the sums stand in GSM8K's own brackets ("<<407+125=532>>532"). The rows to train and to test with are
+all worked. Those of the supervised warm start are of mixed quality, as collected answers are, and most are hasty,
+about some people more than about others: a tiny model that imitates them has both habits and prefers the worse one.
+Which one is worth having is what the reward teaches it. No question of the held-out rows stands in any other row.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 
 LOWEST, HIGHEST = 2, 12
 """The numbers in the questions, both included."""
+LARGE_LOWEST, LARGE_HIGHEST = 20, 99
+"""The same of large problems, which a tiny model needs a calculator for."""
 TWO_CHANGES = 0.6
 """Share of the stories with two changes; the others have one."""
 LEAST_HASTY, MOST_HASTY = 0.5, 0.95
@@ -44,47 +46,49 @@ class Problem(NamedTuple):
     answer: str
 
 
-def split(seed: int, num_train: int, num_held_out: int) -> tuple[list[Problem], list[Problem]]:
+def split(seed: int, num_train: int, num_held_out: int, *, large: bool = False) -> tuple[list[Problem], list[Problem]]:
     """Training rows and held-out rows; all questions differ."""
-    problems = list(itertools.islice(_different(seed), num_held_out + num_train))
+    problems = list(itertools.islice(_different(seed, large), num_held_out + num_train))
     return problems[num_held_out:], problems[:num_held_out]
 
 
-def demonstrations(seed: int, number: int, num_held_out: int) -> list[Problem]:
+def demonstrations(seed: int, number: int, num_held_out: int, *, large: bool = False) -> list[Problem]:
     """Rows of mixed quality to imitate; none has a question of the `num_held_out` rows that `split` holds out."""
     rng = np.random.Generator(np.random.PCG64([seed, 1]))
-    problems = itertools.islice(_different(seed), num_held_out, num_held_out + number)
+    problems = itertools.islice(_different(seed, large), num_held_out, num_held_out + number)
     shares = dict(zip(NAMES, np.linspace(LEAST_HASTY, MOST_HASTY, len(NAMES)), strict=True))
     return [
         _hasty(problem, rng) if rng.random() < shares[problem.question.split()[0]] else problem for problem in problems
     ]
 
 
-def _different(seed: int) -> Iterator[Problem]:
+def _different(seed: int, large: bool) -> Iterator[Problem]:
     """Problems without end, no question twice."""
     rng = np.random.Generator(np.random.PCG64(seed))
     seen: set[str] = set()
     while True:
-        problem = _worked(rng)
+        problem = _worked(rng, large)
         if problem.question not in seen:
             seen.add(problem.question)
             yield problem
 
 
-def _worked(rng: np.random.Generator) -> Problem:
-    """One problem with its sums; no amount in it falls below `LOWEST`."""
-    numbers = [_number(rng)]
+def _worked(rng: np.random.Generator, large: bool) -> Problem:
+    """One problem with its sums; no amount in it falls below the lowest number."""
+    lowest, highest = (LARGE_LOWEST, LARGE_HIGHEST) if large else (LOWEST, HIGHEST)
+    numbers = [_number(rng, lowest, highest)]
     changes: list[tuple[str, int]] = []
     for _ in range(1 + (rng.random() < TWO_CHANGES)):
-        change = _number(rng)
-        gains = rng.random() < 0.5 or numbers[-1] - change < LOWEST
+        change = _number(rng, lowest, highest)
+        gains = rng.random() < 0.5 or numbers[-1] - change < lowest
         changes.append((_choice(rng, GAINS if gains else LOSSES), change if gains else -change))
         numbers.append(numbers[-1] + changes[-1][1])
     words = {"name": _choice(rng, NAMES), "things": _choice(rng, THINGS), "first": str(numbers[0])}
     story = " and ".join(f"{verb} {abs(change)}" for verb, change in changes)
     question = f"{_choice(rng, OPENINGS)}, {story}. {_choice(rng, QUESTIONS)}".format(**words)
     sums = zip(numbers, changes, numbers[1:], strict=False)
-    reasoning = ", ".join(f"{before}{change:+d}={after}" for before, (_, change), after in sums)
+    form = "<<{}{:+d}={}>>{}" if large else "{}{:+d}={}"
+    reasoning = ", ".join(form.format(before, change, after, after) for before, (_, change), after in sums)
     return Problem(question, f"{reasoning}.\n#### {numbers[-1]}")
 
 
@@ -96,8 +100,8 @@ def _hasty(problem: Problem, rng: np.random.Generator) -> Problem:
     return Problem(problem.question, f"That makes {result}.\n#### {result}")
 
 
-def _number(rng: np.random.Generator) -> int:
-    return int(rng.integers(LOWEST, HIGHEST, endpoint=True))
+def _number(rng: np.random.Generator, lowest: int, highest: int) -> int:
+    return int(rng.integers(lowest, highest, endpoint=True))
 
 
 def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:

@@ -6,16 +6,16 @@ Runs in a reward worker. A module is imported when a run uses it: math-verify br
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from actors.brought_code import brought_function
 from actors.rewards.shapes import Score, per_completion, shaped
+from protocol.brought_code import shown_name
 from protocol.errors import ConfigError
-from protocol.rewards import BUILT_IN, is_file, shown_name
+from protocol.rewards import BUILT_IN
 
 HOMES: Mapping[str, tuple[str, ...]] = {  # module of this package -> its functions
     "gsm8k": ("gsm8k", "gsm8k_flexible"),
@@ -55,9 +55,7 @@ def resolve(use: str, weight: float, arguments: Mapping[str, Any], max_tokens: i
             f"expected a reward of {', '.join(BUILT_IN)}, FILE.py:NAME or package.module:NAME, got {use}; "
             "set rewards.functions or --reward"
         )
-    brought = getattr(_file(Path(place)) if is_file(use) else _module(place), name, None)
-    if not callable(brought):
-        raise ConfigError(f"expected a function {name} in {place}, there is none; set rewards.functions")
+    brought = brought_function(use, "reward", "rewards.functions")
     return Reward(shown_name(use), weight, shaped(brought, arguments, max_tokens, use))
 
 
@@ -72,26 +70,3 @@ def _check_arguments(use: str, function: Callable[..., Any], arguments: Mapping[
             f"expected {use} to have args of {', '.join(parameters) or 'no name'}, {seen}; set args beside its name in "
             "rewards.functions"
         )
-
-
-def _file(file: Path) -> Any:
-    if not file.is_file():
-        raise ConfigError(f"expected reward code in {file}, there is no such file; set rewards.functions")
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's own code raises when it is imported
-        raise ConfigError(f"importing {file} raised {type(error).__name__}: {error}; mend the file") from error
-    return module
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the user's own code raises when it is imported
-        raise ConfigError(
-            f"importing {name} raised {type(error).__name__}: {error}; install it, or put its folder into PYTHONPATH"
-        ) from error

@@ -1,0 +1,126 @@
+"""Rollouts of a user's own in whole runs: real broker, sessions and generators around fake engines."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from protocol.addresses import Addresses
+from protocol.config import Config
+from protocol.errors import Exit
+from tests.small_run import FakeGenerator, ScriptedLearner, broker, make_run
+from tests.test_standalone import accepted_of, ended, started
+from tests.wire import wait_until
+
+GAME = """from actors.conversation import Conversation
+from actors.rollout import Episode
+
+async def play(engine, prompt):
+    talk = Conversation(engine, prompt)
+    while not talk.ended:
+        await talk.generate(max_tokens=3)
+        if not talk.ended:
+            talk.observe(engine.encode("w7 w8"))
+    return Episode(talk.completion(), reward=float(prompt.number % 2), metrics={"length": 24 - talk.room})
+"""
+FAILING = """async def play(engine, prompt):
+    if prompt.number == 2:
+        raise RuntimeError("the game is broken")
+    return await engine.generate(prompt.tokens)
+"""
+
+
+def game_run(folder: Path, game: str = GAME, **sections: dict[str, object]) -> Config:
+    settings = {"rollout": {"use": f"{folder / 'game.py'}:play"}, "sampling": {"max_tokens": 24}} | sections
+    config = make_run(folder, run={"steps": 3}, **settings)
+    (folder / "game.py").write_text(game)
+    return config
+
+
+def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_path: Path) -> None:
+    """Without any reward function."""
+    config = game_run(
+        tmp_path, rollout={"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5}, rewards={"functions": []}
+    )
+    generator = FakeGenerator(tmp_path, config, mean_tokens=20.0)
+    with broker(tmp_path, config), ScriptedLearner(tmp_path, config) as learner, generator:
+        while learner.step():
+            pass
+    shares = [taken.share for taken in learner.trained]
+    items = [item for share in shares for item in share.items]
+    several = [item.completion for item in items if item.completion.observed is not None]
+    assert len(several) > len(items) / 2
+    for made in several:
+        assert made.observed is not None
+        assert np.isnan(made.behavior_logprobs).tolist() == made.observed.tolist()
+        told = np.flatnonzero(made.observed)
+        assert (made.tokens[told][::2] == 7).all()
+        assert told[:2].tolist() == [3, 4]
+    for share in shares:
+        sampled = sum(
+            len(i.completion.tokens) - (0 if i.completion.observed is None else int(i.completion.observed.sum()))
+            for i in share.items
+        )
+        assert share.total_tokens == sampled, "tokens inside the loss"
+        for item in share.items:
+            assert share.rewards[item.group, item.sample] == 0.5 * (item.prompt % 2)
+            assert share.function_rewards[0, item.group, item.sample] == item.prompt % 2
+    numbers = learner.trained[0].numbers
+    assert 0.0 <= numbers["reward/environment"] <= 1.0
+    assert numbers["reward/environment/length"] > 3
+
+
+def test_a_rollout_that_fails_for_a_prompt_costs_that_prompt_and_no_other(tmp_path: Path) -> None:
+    config = game_run(tmp_path, FAILING)
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config) as learner:
+        with FakeGenerator(tmp_path, config):
+            while learner.step():
+                pass
+        assert service._run.scheduler is not None
+        failed = service._run.scheduler.ledger.counts()["failed"]
+    assert failed == 1
+    assert 2 not in learner.prompts
+    quarantined = (tmp_path / "quarantine.jsonl").read_text()
+    assert "rollout failed: game:play raised RuntimeError: the game is broken" in quarantined
+
+
+def test_a_standalone_generator_brings_the_rollout_itself_and_is_refused_with_another(tmp_path: Path) -> None:
+    config = game_run(tmp_path, rollout={"use": f"{tmp_path / 'game.py'}:play", "weight": 1.0})
+    other = tmp_path / "other.py"
+    other.write_text(GAME.replace("max_tokens=3", "max_tokens=4"))
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config) as learner:
+        for more in ([], ["--rollout", f"{other}:play"]):
+            with ended(join(tmp_path, *more)) as process:
+                _, said = process.communicate(timeout=30)
+            assert process.returncode == Exit.REFUSED
+            assert said.strip().endswith("by another rollout than the run; give it the same file with --rollout")
+        moved = tmp_path / "elsewhere.py"
+        moved.write_text(GAME)
+        with ended(join(tmp_path, "--rollout", f"{moved}:play")):
+            wait_until(lambda: accepted_of(service, "guest"), "it contributes")
+            assert learner.step()
+    assert any(item.completion.observed is not None for item in learner.trained[0].share.items)
+
+
+def test_a_generator_that_its_rollout_blocks_says_where_and_ends(tmp_path: Path) -> None:
+    """It would else hold its leases and its device in silence: its heartbeats stand still, too."""
+    blocking = "import threading\n\nasync def play(engine, prompt):\n    threading.Event().wait()\n"
+    use = f"{tmp_path / 'game.py'}:play"
+    config = game_run(tmp_path, blocking, rollout={"use": use, "timeout_s": 0.5})
+    with (
+        broker(tmp_path, config),
+        ScriptedLearner(tmp_path, config),
+        ended(join(tmp_path, "--rollout", use)) as process,
+    ):
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == Exit.ENGINE_STALLED
+    assert f"game:play blocks this generator at {tmp_path / 'game.py'}:4 (play): it must await, or call" in said
+    assert said.strip().splitlines()[-1].endswith("game.py:4 (play); this process ends")
+
+
+def join(folder: Path, *more: str) -> subprocess.Popen[str]:
+    control, key = Addresses.read(folder).control, folder / "keys" / "generator.key"
+    reward = f"{folder / 'reward.py'}:score"
+    return started(folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more)
