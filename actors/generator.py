@@ -171,10 +171,11 @@ class Generator:
             log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
 
     async def _scored(self, lease: Lease, sample: int, epoch: int, completion: Completion) -> Result:
-        score = await self._scorer.score(lease.prompt, completion)
+        evaluating = lease.kind is LeaseKind.EVALUATE
+        score = await self._scorer.score(lease.prompt, completion, evaluating=evaluating)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, completion, score.reward, score.rewards, score.metrics)
+        return result(lease, sample, epoch, completion, score.reward, score.rewards, score.metrics, score.answers)
 
     # --- Weights
 

@@ -15,11 +15,11 @@ import numpy as np
 from broker.checks import invalid_reason, trajectory
 from broker.leases import Grant, Refusal
 from broker.leases import Wait as NoLease
-from broker.metrics import evaluation_summary
 from broker.outcome import Later
 from broker.overlong import punished
 from broker.peers import Peer
 from broker.prompts import Unusable
+from broker.report import evaluation_summary, write_completions
 from broker.run_state import RunState
 from broker.scheduler import Scheduler
 from protocol.errors import ProtocolError, SnapshotError
@@ -164,12 +164,13 @@ class GeneratorDesk:
             return Verdict(status=Status.LATE, reason="this lease is not yours any more")
         evaluating = lease.grant.kind is LeaseKind.EVALUATE
         sampling = config.evaluation_params() if evaluating else config.sampling.params()
+        rewards = config.all_rewards if evaluating else config.rewards
         reason = invalid_reason(
             message,
             max_tokens=sampling.max_tokens,
             vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
-            reward_names=[shown_name(function.use) for function in config.rewards.functions],
+            reward_names=[shown_name(function.use) for function in rewards.functions],
         )
         answer = trajectory(message)
         if config.algorithm.overlong == "punish" and not evaluating:
@@ -235,4 +236,5 @@ class GeneratorDesk:
         answered = scheduler.take_evaluation()
         if answered is not None:
             self._run.evaluations.append(evaluation_summary(self._run, answered, now))
+            write_completions(self._run, answered)
             self._run.changed = True

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     settings, run_dir, to_make, resumed = _start(command, environ)
-    check_rewards([function.use for function in settings.config.rewards.functions])
+    check_rewards([function.use for function in settings.config.all_rewards.functions])
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
@@ -191,13 +191,16 @@ def _absolute(settings: Settings) -> Settings:
     for key, text in (("data.train", data.train), ("data.eval", data.eval), ("warmup.data", warmup.data)):
         if text and key in settings.values:
             values.append(settings.values[key]._replace(value=absolute_sources(text)))
-    if "rewards.functions" in settings.values:
-        functions = [function.model_dump() for function in settings.config.rewards.functions]
+    rewards = (("rewards.functions", settings.config.rewards.functions),)
+    for key, used in (*rewards, ("evaluation.rewards", settings.config.evaluation.rewards)):
+        if key not in settings.values:
+            continue
+        functions = [function.model_dump() for function in used]
         for function in functions:
             file, colon, name = function["use"].partition(":")
             if colon and Path(file).is_file():
                 function["use"] = f"{Path(file).resolve()}:{name}"
-        values.append(settings.values["rewards.functions"]._replace(value=functions))
+        values.append(settings.values[key]._replace(value=functions))
     return settings.override(values)
 
 

@@ -74,7 +74,7 @@ async def generate(args: argparse.Namespace) -> None:
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
-    uses = [function.use for function in own.rewards.functions] if own else args.reward
+    uses = [function.use for function in own.all_rewards.functions] if own else args.reward
     digest = reward_digest(uses)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
@@ -104,7 +104,8 @@ async def generate(args: argparse.Namespace) -> None:
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens)
+        scored = with_files(config.all_rewards, uses)
+        scorer = Scorer(scored, model, config.sampling.max_tokens, num_trained=len(config.rewards.functions))
         await scorer.start()
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries

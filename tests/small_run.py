@@ -131,7 +131,7 @@ class FakeGenerator:
     async def _generate(self) -> None:
         from protocol.rewards import reward_digest
 
-        digest = reward_digest([function.use for function in self.config.rewards.functions])
+        digest = reward_digest([function.use for function in self.config.all_rewards.functions])
         key = read_client_key(self.folder / "keys" / "generator.key")
 
         def hello() -> Hello:
@@ -142,7 +142,9 @@ class FakeGenerator:
         session = await Session.open(self.addresses or Addresses.read(self.folder), key, hello, timeout_s=10)
         options = EngineOptions(self.folder / "model", max_model_len=64, lora_rank=self.config.lora.rank)
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
-        scorer = Scorer(self.config.rewards, self.folder / "model", self.config.sampling.max_tokens)
+        num_trained = len(self.config.rewards.functions)
+        max_tokens = self.config.sampling.max_tokens
+        scorer = Scorer(self.config.all_rewards, self.folder / "model", max_tokens, num_trained)
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
         staging.mkdir(mode=0o700)

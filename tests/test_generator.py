@@ -116,7 +116,7 @@ class Source:
 
 
 class Scorer:
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score(self, prompt: Prompt, completion: Completion, *, evaluating: bool = False) -> Score:
         return Score(1.0, {"one": 1.0})
 
 

@@ -129,3 +129,13 @@ def test_npu_chips_are_read_by_their_logic_id() -> None:
     head = "NPU ID  Chip ID  Chip Logic ID  Chip Name\n"
     table = head + " 0   0   0   Ascend 910B\n 0   1   -   Mcu\n 1   0   1   Ascend 910B\n"
     assert [(card.index, card.name) for _, card in parse_npu(table)] == [("0", "Ascend 910B"), ("1", "Ascend 910B")]
+
+
+def test_an_evaluation_needs_no_card_for_the_learner_and_no_adapters() -> None:
+    only: dict[str, Any] = {"run": {"evaluation_only": True}, "lora": {"rank": 8}}
+    made = planned(2, 4, gpus(2), **only)
+    implied = {value.key: value.value for value in implied_settings(config(2, 4, **only), gpus(2))}
+    assert (implied["learner.ranks"], implied["lora.rank"]) == (1, 0)
+    assert [process.device for process in made.of(ProcessRole.GENERATOR)] == ["cuda 0", "cuda 1"]
+    assert {process.device for process in made.of(ProcessRole.LEARNER)} == {"cpu"}
+    assert [topic for topic, _ in made.notes] == ["evaluation", "generation"]

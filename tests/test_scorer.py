@@ -57,3 +57,28 @@ def test_a_reward_is_the_weighted_sum_of_those_that_have_an_opinion(tmp_path: Pa
 def test_without_any_opinion_there_is_an_error_and_no_zero(tmp_path: Path) -> None:
     made = score(tmp_path / "run", {"use": "mine.py:silent"}, {"use": "math_accuracy"}, answer="a lot")
     assert made.error == "no reward function has an opinion"
+
+
+def test_functions_of_evaluations_are_called_there_alone_and_are_no_part_of_the_sum(tmp_path: Path) -> None:
+    model = Path(make_run(tmp_path / "run").model.path)
+    (tmp_path / "mine.py").write_text(CODE + "\ndef bonus(completion, answer):\n    return 5.0\n")
+    functions = [{"use": f"{tmp_path / 'mine.py'}:{name}", "weight": 2.0} for name in ("compute_score", "silent")]
+    functions += [{"use": f"{tmp_path / 'mine.py'}:bonus"}, {"use": "gsm8k_flexible"}]
+    tokens = np.array([3, 4], np.int32)
+    completion = Completion(tokens, np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), FinishReason.STOP)
+    prompt = Prompt(0, 0, tokens, {"answer": "w3 w4"})
+
+    async def run() -> list[Score]:
+        scorer = Scorer(RewardsConfig.model_validate({"functions": functions}), model, max_tokens=8, num_trained=2)
+        try:
+            await scorer.start()
+            return [await scorer.score(prompt, completion, evaluating=evaluating) for evaluating in (False, True)]
+        finally:
+            await scorer.close()
+
+    trained, evaluated = asyncio.run(run())
+    assert trained.rewards == {"mine:compute_score": 1.0, "mine:silent": None}
+    assert evaluated.rewards == trained.rewards | {"mine:bonus": 5.0, "gsm8k_flexible": 0.0}
+    assert trained.reward == evaluated.reward == 2.0
+    assert trained.answers == {}, "nobody votes on what is trained"
+    assert evaluated.answers == {"mine:compute_score": "w3 w4", "gsm8k_flexible": "4"}

@@ -49,6 +49,7 @@ class Scored:
 
     values: list[list[float | None]]  # [functions][completions]; None: no opinion
     metrics: list[dict[str, float]]  # [completions], by FUNCTION/KEY
+    answers: list[dict[str, str]]  # [completions], in an evaluation: the final answer found, by function
 
 
 class _Worker:
@@ -128,8 +129,9 @@ class _Worker:
 class RewardPool:
     """`start` it, `score` with it, `close` it."""
 
-    def __init__(self, settings: RewardsConfig, max_tokens: int) -> None:
-        self._settings, self._max_tokens = settings, max_tokens
+    def __init__(self, settings: RewardsConfig, max_tokens: int, num_trained: int | None = None) -> None:
+        """`num_trained`: only so many of the functions, the first, score what is trained; None: all."""
+        self._settings, self._max_tokens, self._num_trained = settings, max_tokens, num_trained
         self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: killed, to be started by the next call
         self._workers: set[_Worker] = set()
         self.names: list[str] = []
@@ -140,10 +142,16 @@ class RewardPool:
             self._idle.put_nowait(await self._new_worker())
 
     async def score(
-        self, completions: Sequence[str], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
+        self,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Any],
+        *,
+        evaluating: bool = False,
     ) -> Scored:
         """What every function says of one prompt's completions. Raises RewardFailed if one does not."""
-        call = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        call: dict[str, Any] = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        call |= {"evaluating": True} if evaluating else {"num_functions": self._num_trained}
         worker = await self._idle.get()
         healthy: _Worker | None = None
         try:
@@ -164,7 +172,8 @@ class RewardPool:
             raise RewardFailed(f"{worker.calling} raised {answer['failed']}")
         for metrics in answer["metrics"]:
             _check_metrics(metrics)
-        return Scored(answer["values"], answer["metrics"])
+        answers = [{name: text[:MAX_NAME] for name, text in found.items()} for found in answer["answers"]]
+        return Scored(answer["values"], answer["metrics"], answers)
 
     async def close(self) -> None:
         for worker in list(self._workers):

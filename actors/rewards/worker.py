@@ -43,16 +43,22 @@ def main() -> None:
 
 
 def score(rewards: list[Reward], call: dict[str, Any], outgoing: BinaryIO) -> dict[str, Any]:
-    """Values [functions][completions], and metrics of each completion by FUNCTION/KEY."""
+    """Values [functions][completions]; metrics of each completion by FUNCTION/KEY; its answers in an evaluation."""
     values: list[list[float | None]] = []
     metrics: list[dict[str, float]] = [{} for _ in call["completions"]]
-    for reward in rewards:
+    answers: list[dict[str, str]] = [{} for _ in call["completions"]]
+    for reward in rewards[: call.get("num_functions")]:
         write(outgoing, {"calling": reward.name})
         opinions = reward.score(call["completions"], call["completion_ids"], call["columns"])
         values.append([opinion.value for opinion in opinions])
         for found, opinion in zip(metrics, opinions, strict=True):
             found |= {f"{reward.name}/{key}": number for key, number in opinion.metrics.items()}
-    return {"values": values, "metrics": metrics}
+        if "evaluating" in call:
+            for text, opinion, said in zip(call["completions"], opinions, answers, strict=True):
+                answer = reward.final_answer(text, opinion)
+                if answer is not None:
+                    said[reward.name] = answer.encode(errors="replace").decode()
+    return {"values": values, "metrics": metrics, "answers": answers}
 
 
 def read(file: BinaryIO) -> dict[str, Any] | None:
