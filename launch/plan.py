@@ -148,6 +148,8 @@ def _place(config: Config, devices: Devices) -> tuple[Sequence[Card], Sequence[S
 def _what_fits(config: Config, devices: Devices) -> str:
     """Flags of a run like the wanted one that these cards can hold: cards are shared out in the wanted proportion."""
     cards, each = len(devices.cards), _cards_per_generator(config)
+    if config.run.evaluation_only and cards >= each:
+        return f"fits here: --generators {cards // each}"
     one_card = "one card: --generators 1 --learner-gpus 1 --share-gpu"
     if config.generators.count == 0:
         return f"fits here: --generators 0 --learner-gpus {cards}"

@@ -139,3 +139,5 @@ def test_an_evaluation_needs_no_card_for_the_learner_and_no_adapters() -> None:
     assert [process.device for process in made.of(ProcessRole.GENERATOR)] == ["cuda 0", "cuda 1"]
     assert {process.device for process in made.of(ProcessRole.LEARNER)} == {"cpu"}
     assert [topic for topic, _ in made.notes] == ["evaluation", "generation"]
+    said = refusal(3, 4, gpus(2), **only)
+    assert said.endswith("(3 generators x 1 + 0 learner ranks), 2 are visible; fits here: --generators 2")

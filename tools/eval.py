@@ -32,6 +32,7 @@ import yaml
 from launch.scores import score_table
 from protocol.checkpoints import MANIFEST_FILE, damage, latest_valid
 from protocol.errors import ConfigError, Exit, TetherError
+from protocol.setting_names import describe
 from protocol.settings import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("target", metavar="CHECKPOINT_OR_MODEL", help="checkpoint, run, model folder, Hub name")
     for flag, (key, metavar) in FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar=metavar, help=f"the same as --{key}")
+        parser.add_argument(f"--{flag}", metavar=metavar, help=f"{describe(key)} The same as --{key}.")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write every completion with its rewards there")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args, others = parser.parse_known_args(argv)
