@@ -82,7 +82,7 @@ async def generate(args: argparse.Namespace) -> None:
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
-    uses = [function.use for function in own.rewards.functions] if own else args.reward
+    uses = [function.use for function in own.all_rewards.functions] if own else args.reward
     reward_model = own.rewards.model.path if own else args.reward_model
     rollout_use = own.rollout.use if own else args.rollout
     scores_by, rolls_by = reward_digest(uses, reward_model), rollout_digest(rollout_use)
@@ -116,7 +116,7 @@ async def generate(args: argparse.Namespace) -> None:
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
         rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
-        scorer = Scorer(config, with_files(config.rewards, uses, reward_model), model, device)
+        scorer = Scorer(config, with_files(config.all_rewards, uses, reward_model), model, device)
         await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries

@@ -68,10 +68,12 @@ def weighted_functions(config: Config) -> list[tuple[str, float]]:
     return [*found, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else found
 
 
-def names_in_results(config: Config) -> list[str]:
+def names_in_results(config: Config, *, evaluating: bool) -> list[str]:
     """Under which names a generator may give rewards, and numbers beside them as NAME/KEY."""
     names = [name for name, _ in scored_by(config)]
-    return names if config.rollout.use == SINGLE_TURN or ENVIRONMENT in names else [*names, ENVIRONMENT]
+    if config.rollout.use != SINGLE_TURN and config.rollout.weight is None:
+        names.append(ENVIRONMENT)
+    return [*names, *(shown_name(function.use) for function in config.rewards_of_evaluation)] if evaluating else names
 
 
 def reward_digest(uses: Sequence[str], model: str = "") -> str:
