@@ -84,6 +84,8 @@ def test_where_there_is_nothing_to_work_out_the_model_writes_alone(model: Path, 
 
 
 def test_a_result_that_does_not_fit_ends_the_completion_for_lack_of_room(model: Path, tmp_path: Path) -> None:
-    episode, text, observed = answered(model, tmp_path, "<<407+125=532>>532", max_tokens=11)
-    assert (text, observed) == ("<<407+125=53", "53")
-    assert episode.completion.finish_reason is FinishReason.LENGTH
+    for room, written, told, calls in ((11, "<<407+125=53", "53", 1.0), (9, "<<407+125=", "", 0.0)):
+        episode, text, observed = answered(model, tmp_path / str(room), "<<407+125=532>>532", max_tokens=room)
+        assert (text, observed) == (written, told)
+        assert episode.completion.finish_reason is FinishReason.LENGTH
+        assert episode.metrics == {"environment/calls": calls}

@@ -86,6 +86,8 @@ def test_a_turn_ends_at_a_text_at_a_token_or_where_the_model_ends_it(tmp_path: P
         turn = await stopped.generate(stop=[text])
         assert turn.tokens.tolist() == whole.tokens[: at + 2].tolist()
         assert (turn.finish_reason, stopped.ended) == (FinishReason.STOP, False)
+        between = await bench.sample_engine(engine).generate(PROMPT.tokens, stop=[" "])
+        assert len(between.tokens) == 2, "a text between two tokens"
         at_token = Conversation(bench.sample_engine(engine), PROMPT)
         turn = await at_token.generate(stop_token_ids=[int(whole.tokens[at])])
         assert (len(turn.tokens), at_token.ended) == (at + 1, False)
