@@ -161,6 +161,21 @@ class Served:
 
         return self._runner.run(ask())
 
+    def outcome_of_closing(self, completion: str) -> float | BaseException:
+        """Of what its worker has when it is closed."""
+
+        async def ask() -> float | BaseException:
+            asking = asyncio.ensure_future(self._model.score(QUESTION, completion))
+            async with asyncio.timeout(DEADLINE_S):
+                await asyncio.sleep(0)  # it waits now
+                while self._model._waiting:
+                    await asyncio.sleep(0)
+                await self._model.close()
+                (outcome,) = await asyncio.gather(asking, return_exceptions=True)
+            return outcome
+
+        return self._runner.run(ask())
+
     @staticmethod
     def pid() -> int:
         (worker,) = [p for p in psutil.Process().children() if "actors.rewards.model_worker" in p.cmdline()]
@@ -179,7 +194,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     """One worker, and those that take its place: each imports torch and transformers."""
-    opened = Served(folder, batch_size=4, timeout_s=6.0)
+    opened = Served(folder, batch_size=4, timeout_s=3.0)
     yield opened
     opened.close()
 
@@ -210,7 +225,7 @@ def test_a_worker_that_hangs_is_killed_at_the_deadline(folder: Path, served: Ser
     before = served.pid()
     os.kill(before, signal.SIGSTOP)
     first, *rest = served.outcomes("1", "2", "3", "4", "5", "6")
-    assert str(first) == "reward_model: no answer within 6 s"
+    assert str(first) == "reward_model: no answer within 3 s"
     assert all(isinstance(outcome, RewardFailed) for outcome in rest[:3])
     assert rest[3:] == pytest.approx([plain_score(folder, QUESTION, text) for text in "56"], abs=TOLERANCE)
     assert not psutil.pid_exists(before)
@@ -221,3 +236,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(tmp_path: 
     Qwen2ForSequenceClassification.from_pretrained(folder).model.save_pretrained(folder)
     with pytest.raises(ConfigError, match=r"the reward model in .* cannot be loaded: expected a trained reward model"):
         Served(folder)
+
+
+def test_who_waits_for_a_score_when_the_generator_leaves_is_told(served: Served) -> None:
+    os.kill(served.pid(), signal.SIGSTOP)
+    assert str(served.outcome_of_closing("4")) == "reward_model: this generator leaves"

@@ -16,6 +16,9 @@ CODE = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(solution_str == ground_truth), "words": len(solution_str.split()), "pred": solution_str}
 
+def version(completions, trainer_state):
+    return [trainer_state.global_step]
+
 def silent(completions, **columns):
     return [None for _ in completions]
 """
@@ -28,7 +31,9 @@ def score(folder: Path, *functions: dict[str, object], answer: str = "w3 w4") ->
     named = [function | {"use": str(function["use"]).replace("mine", str(folder / "mine"))} for function in functions]
     settings = RewardsConfig.model_validate({"functions": named})
     tokens = np.array([3, 4], np.int32)
-    completion = Completion(tokens, np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), FinishReason.STOP)
+    completion = Completion(
+        tokens, np.zeros(2, np.float32), (VersionSpan(2, 0, 1), VersionSpan(3, 1, 2)), FinishReason.STOP
+    )
 
     async def run() -> Score:
         scorer = Scorer(settings, model, max_tokens=8)
@@ -57,3 +62,7 @@ def test_a_reward_is_the_weighted_sum_of_those_that_have_an_opinion(tmp_path: Pa
 def test_without_any_opinion_there_is_an_error_and_no_zero(tmp_path: Path) -> None:
     made = score(tmp_path / "run", {"use": "mine.py:silent"}, {"use": "math_accuracy"}, answer="a lot")
     assert made.error == "no reward function has an opinion"
+
+
+def test_the_step_that_a_function_of_trl_sees_is_the_version_that_wrote_the_end(tmp_path: Path) -> None:
+    assert score(tmp_path / "run", {"use": "mine.py:version"}).rewards == {"mine:version": 3.0}

@@ -38,7 +38,6 @@ class RewardPool:
             asyncio.Queue()
         )  # None: killed, to be started by the next call
         self._workers: set[WorkerProcess] = set()
-        self.names: list[str] = []
 
     async def start(self) -> None:
         """Raises ConfigError if a function cannot be resolved."""
@@ -110,7 +109,6 @@ class RewardPool:
         if reason:
             await self._discard(worker)
             raise ConfigError(f"the reward code cannot be loaded: {reason}")
-        self.names = answer["ready"]
         return worker
 
 

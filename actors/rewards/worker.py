@@ -26,7 +26,7 @@ def main() -> None:
         try:
             if "functions" in call:
                 rewards = [resolve(*function, call["max_tokens"]) for function in call["functions"]]
-                write(outgoing, {"ready": [reward.name for reward in rewards]})
+                write(outgoing, {"ready": True})
             else:
                 write(outgoing, score(rewards, call, outgoing))
         except ConfigError as error:
