@@ -21,6 +21,7 @@ from protocol.errors import ConfigError
 from protocol.reward_model import BLOCK_BYTES, NUM_BLOCKS, check_reward_model, reward_model_digest
 from protocol.rewards import reward_digest, with_files
 from protocol.sections import RewardModelConfig, RewardsConfig
+from tests.engines import until
 from tests.reward_models import EOS, PAD, make_reward_model, plain_score
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
@@ -49,6 +50,19 @@ def test_scores_of_a_batch_are_those_of_plain_calls(tmp_path: Path, pad: str | N
     assert together["reasons"] == [""] * len(ANSWERS)
     assert together["values"] == pytest.approx(expected, abs=TOLERANCE)
     assert len({round(value, 3) for value in expected}) == len(ANSWERS), "scores that tell the answers apart"
+
+
+def test_without_a_padding_token_the_last_one_counts_whichever_it_is(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, pad=None, chat=False)
+    answers = ["it is \u00e9", "it is ", "it is !", 'it is "', "it is #", "no"]  # they end in the tokenizer's first ids
+    expected = [plain_score(folder, QUESTION, answer) for answer in answers]
+    assert scorer(folder).score(asked(*answers))["values"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_model_that_reads_in_both_directions_does_not_read_padding(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, chat=False, encoder=True)
+    expected = [plain_score(folder, QUESTION, answer) for answer in ANSWERS]
+    assert scorer(folder).score(asked(*ANSWERS))["values"] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_a_score_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -168,8 +182,7 @@ class Served:
             asking = asyncio.ensure_future(self._model.score(QUESTION, completion))
             async with asyncio.timeout(DEADLINE_S):
                 await asyncio.sleep(0)  # it waits now
-                while self._model._waiting:
-                    await asyncio.sleep(0)
+                await until(lambda: not self._model._waiting, "its worker being asked")
                 await self._model.close()
                 (outcome,) = await asyncio.gather(asking, return_exceptions=True)
             return outcome
