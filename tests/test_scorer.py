@@ -18,6 +18,9 @@ CODE = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(solution_str == ground_truth), "words": len(solution_str.split()), "pred": solution_str}
 
+def version(completions, trainer_state):
+    return [trainer_state.global_step]
+
 def silent(completions, **columns):
     return [None for _ in completions]
 """
@@ -30,7 +33,9 @@ def score(folder: Path, *functions: dict[str, object], answer: str = "w3 w4") ->
     named = [function | {"use": str(function["use"]).replace("mine", str(folder / "mine"))} for function in functions]
     config = Config.model_validate({"rewards": {"functions": named}, "sampling": {"max_tokens": 8}})
     tokens = np.array([3, 4], np.int32)
-    completion = Completion(tokens, np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), FinishReason.STOP)
+    completion = Completion(
+        tokens, np.zeros(2, np.float32), (VersionSpan(2, 0, 1), VersionSpan(3, 1, 2)), FinishReason.STOP
+    )
 
     async def run() -> Score:
         scorer = Scorer(config, config.rewards, model)
@@ -106,3 +111,7 @@ def test_results_have_the_runs_names_where_this_host_has_the_code_under_another(
     made = asyncio.run(run())
     assert (made.rewards, made.metrics) == ({"mine:compute_score": 1.0}, {"mine:compute_score/words": 2.0})
     assert set(made.answers) == {"mine:compute_score"}
+
+
+def test_the_step_that_a_function_of_trl_sees_is_the_version_that_wrote_the_end(tmp_path: Path) -> None:
+    assert score(tmp_path / "run", {"use": "mine.py:version"}).rewards == {"mine:version": 3.0}

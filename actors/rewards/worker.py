@@ -27,7 +27,7 @@ def main() -> None:
         try:
             if "functions" in call:
                 rewards = [replace(resolve(*each, call["max_tokens"]), name=name) for name, *each in call["functions"]]
-                write(outgoing, {"ready": len(rewards)})
+                write(outgoing, {"ready": True})
             else:
                 write(outgoing, score(rewards, call, outgoing))
         except ConfigError as error:
