@@ -221,8 +221,8 @@ class Config(Section):
     @property
     def rewards_of_evaluation(self) -> tuple[RewardConfig, ...]:
         """What only evaluation scores with: what training scores with too is not called twice."""
-        trained = {shown_name(function.use) for function in self.rewards.functions}
-        return tuple(function for function in self.evaluation.rewards if shown_name(function.use) not in trained)
+        trained = [(function.use, function.args) for function in self.rewards.functions]
+        return tuple(function for function in self.evaluation.rewards if (function.use, function.args) not in trained)
 
     @property
     def evaluates(self) -> bool:

@@ -330,7 +330,7 @@ def test_a_function_of_trl_logs_numbers_and_knows_the_version(tmp_path: Path) ->
 
 def test_a_function_of_trl_finds_them_among_its_keywords_too(tmp_path: Path) -> None:
     (seen,) = opinions(load(tmp_path, IN_KEYWORDS), ["a"])
-    assert seen == (5.0, {"seen": 1.0})
+    assert (seen.value, seen.metrics) == (5.0, {"seen": 1.0})
 
 
 def test_what_no_trainer_state_can_know_when_scoring_is_an_error(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_majority_votes_on_what_the_function_compares(use: str, completion: st
     answer = reward.final_answer(completion, opinion_of(0.0))
     assert answer == found
     if answer is not None:
-        (opinion,) = reward.score([completion], [[1]], {"answer": answer})
+        (opinion,) = reward.score([completion], [[1]], {"answer": answer}, 0)
         assert opinion.value is not None
         assert opinion.value >= 1.0, "as the reference, it is right"
 

@@ -231,10 +231,18 @@ def test_a_function_of_evaluations_has_no_weight_and_a_name_of_its_own() -> None
     assert "are no part of a sum, gsm8k_flexible has weight 0.5" in message(
         [Value("evaluation.rewards", [lenient], "b")]
     )
-    twice = Value("evaluation.rewards", [{"use": "gsm8k"}], "b")
+    twice = Value("evaluation.rewards", [{"use": "gsm8k", "args": {"format_score": 0.1}}], "b")
     assert "got two called gsm8k; rename one of them in rewards.functions or evaluation.rewards" in message(
         [strict, twice]
     )
+
+
+def test_what_training_scores_with_too_is_called_once() -> None:
+    lenient = {"use": "gsm8k_flexible"}
+    beside = Config.model_validate(
+        {"rewards": {"functions": [lenient | {"weight": 0.5}]}, "evaluation": {"rewards": [lenient]}}
+    )
+    assert beside.all_rewards == beside.rewards
 
 
 def test_what_evaluations_sample_and_score_is_part_of_the_digest_and_how_often_they_come_is_not() -> None:
