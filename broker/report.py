@@ -18,8 +18,8 @@ from broker.evaluation import EvaluationResult
 from broker.metrics import reward_means
 from broker.run_state import RunState
 from broker.scores import ALL, score_table
+from protocol.brought_code import shown_name
 from protocol.messages import Evaluation
-from protocol.rewards import shown_name
 from protocol.types import Trajectory
 
 log = logging.getLogger("tether.broker")

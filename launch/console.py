@@ -23,8 +23,8 @@ from launch.frames import evaluation_line, frame, stamp, step_line, waiting_line
 from launch.history import History
 from launch.picture import Picture
 from launch.supervisor import Seen
+from protocol.brought_code import shown_name
 from protocol.config import Config
-from protocol.rewards import shown_name
 
 QUIET_S = 30.0
 """A pipe gets a line at least this often."""
@@ -103,7 +103,7 @@ class Console:
             if (line := warmup_line(row, picture)) is not None:
                 self.tell(line)
         for row in picture.evaluations[self._printed_evaluations :]:
-            self.tell(evaluation_line(row, [shown_name(use.use) for use in self._config.evaluation.rewards]))
+            self.tell(evaluation_line(row, [shown_name(use.use) for use in self._config.rewards_of_evaluation]))
         for row in picture.steps[self._printed_steps :]:
             self.tell(step_line(row, picture))
             self._last_step_at = time.monotonic()
