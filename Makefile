@@ -2,7 +2,7 @@
 # PYTHON=... chooses the interpreter, TETHER_DEVICE=cpu|cuda the list (otherwise: cuda where a GPU answers, else cpu).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test simulate lint check fmt clean
+.PHONY: help setup demo demo-seeds test recipes simulate lint check fmt clean
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
@@ -27,6 +27,9 @@ demo-seeds: setup ## the demo under three seeds, with its promises checked
 
 test: setup ## all tests (ARGS="-k codec -x": some of them)
 	@$(BIN)/python -m pytest $(ARGS)
+
+recipes: setup ## two steps of every recipe on this CPU, with a tiny model and real vLLM (ARGS="-k xml": some of them)
+	@$(BIN)/python -m pytest tests/test_recipes.py --recipe-engine vllm $(ARGS)
 
 simulate: setup ## 20,000 simulated clusters on all cores, minutes (FIRST=seed: from there on; ARGS="--count 1": that one)
 	@$(BIN)/python -m tests.simulation.simulate $(if $(FIRST),--first $(FIRST)) $(ARGS)

@@ -74,7 +74,7 @@ class EngineOptions:
     model_path: Path
     max_model_len: int  # tokens of prompt and completion together
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"  # as torch calls it; one of protocol.accelerators.DEVICES
     seed: int = 0  # of requests without a seed; distinct for each generator
     max_num_seqs: int = 64  # requests that run at a time; more are queued
     lora_rank: int = 0  # of the adapters that snapshots are; 0: snapshots are whole weights

@@ -25,7 +25,7 @@ def build_engine(config: Config, model: Path, device: str, seed: int) -> Engine:
         model_path=model,
         max_model_len=config.context_tokens,
         dtype=dtype,
-        device="cpu" if device == "cpu" else "cuda",
+        device=device,
         seed=seed,
         max_num_seqs=config.generators.max_running,
         lora_rank=config.lora.rank,

@@ -323,5 +323,5 @@ class Generator:
 
 
 def _lease(item: LeaseItem, tokens: np.ndarray) -> Lease:  # type: ignore[type-arg]
-    prompt = Prompt(item.number, item.row, np.asarray(tokens, np.int32), item.columns)
+    prompt = Prompt(item.number, item.row, np.asarray(tokens, np.int32), item.columns, item.conversation)
     return Lease(LeaseKind(item.kind), prompt, item.attempt, item.samples, item.version, item.failures, item.ttl_s)

@@ -18,6 +18,7 @@ from actors.engine import EngineOptions
 from actors.hooked_adapters import HookedAdapters
 from actors.snapshot_tensors import TORCH_DTYPES, snapshot_tensors
 from actors.stepped_engine import Draw, Running, SteppedEngine
+from protocol.accelerators import import_torch_plugin
 from protocol.errors import SnapshotError
 from protocol.types import SamplingParams
 from protocol.weights import Snapshot
@@ -43,6 +44,7 @@ class TransformersEngine(SteppedEngine):
         await asyncio.to_thread(self._build_model)
 
     def _build_model(self) -> None:
+        import_torch_plugin(self._options.device)
         path, dtype = self._options.model_path, TORCH_DTYPES[self._options.dtype]
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         self._model = model.to(self._options.device).eval()

@@ -1,17 +1,21 @@
-"""What vLLM is told before it runs: environment variables and engine arguments. Pure, and without vLLM itself.
+"""What vLLM is told before it runs: environment variables and engine arguments. Without vLLM itself.
 
 Used by the generator's main, which applies `environment` before anything imports vLLM, and by `vllm_engine.py`.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 from actors.engine import EngineOptions
+from protocol.accelerators import candidates
 from protocol.errors import ConfigError
 
 PLUGIN = "tether"
 """Name of our entry point in `vllm.general_plugins`, and of the weight transfer backend that it registers."""
+
+PLUGIN_GROUPS = ("vllm.platform_plugins", "vllm.general_plugins")
 
 ADAPTER_ID = 1
 """Of every adapter, as vLLM counts them."""
@@ -57,7 +61,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank
 def environment(device: str) -> dict[str, str]:
     """Variables that vLLM needs, to be set before it is imported where the user has not set them."""
     variables = {
-        "VLLM_PLUGINS": PLUGIN,
+        "VLLM_PLUGINS": ",".join([PLUGIN, *_plugins_of(device)]),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -72,6 +76,16 @@ def environment(device: str) -> dict[str, str]:
             "OMP_NUM_THREADS": "1",  # a small model gains nothing from a second thread
         }
     return variables
+
+
+def _plugins_of(device: str) -> list[str]:
+    """Names of the installed plugins of the package that makes vLLM know `device`.
+
+    VLLM_PLUGINS holds for platforms too: with our name alone in it vLLM would find no platform but its own.
+    """
+    packages = {accelerator.vllm_plugin.module for accelerator in candidates(device) if accelerator.vllm_plugin}
+    installed = [plugin for group in PLUGIN_GROUPS for plugin in entry_points(group=group)]
+    return sorted({plugin.name for plugin in installed if plugin.module.partition(".")[0] in packages})
 
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Which column of a row is what: the prompt, the reference answer, the system message; and rows that lack them.
 
 Runs in the broker; pure. Four conventions are recognised by their column names: GSM8K's (question, answer), verl's
-(prompt, reward_model), TRL's (prompt and anything else) and ms-swift's (messages or query, solution, system); settings
-override them. That bad data is told by file, row and column before the run rests on `check_rows`. Rewards see every
-column of a row. Rows are counted from 0.
+(prompt, reward_model), TRL's (prompt and anything else) and ms-swift's (messages, or query with response or solution,
+system and history); settings override them, and may name a field inside a column as COLUMN.FIELD. That bad data is told
+by file, row and column before the run rests on `check_rows`. Rewards see every column of a row; rows count from 0.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from protocol.errors import ConfigError
 from protocol.sections import DataConfig
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "query", "problem", "instruction")
-ANSWER_COLUMNS = ("answer", "solution", "reward_model", "ground_truth", "response", "target")
+ANSWER_COLUMNS = ("answer", "solution", "reward_model", "ground_truth", "response", "target", "completion")
+SWIFT = "ms-swift's columns"
 ID_COLUMN = "id"
 NUMBER_REWARDS = ("gsm8k", "gsm8k_flexible")  # rewards that compare with the number after ####
 _MARKED = re.compile(r"#### -?[0-9.,]+")
@@ -26,17 +28,22 @@ _NUMBER = re.compile(r"\s*-?[0-9.,]+\s*")
 
 
 class Columns(NamedTuple):
-    """Which column holds the prompt, which the reference answer and which the system message ("" if there is none)."""
+    """Which column holds the prompt, which the reference answer, the system message and the turns before the prompt.
+
+    "" stands for none.
+    """
 
     prompt: str
     answer: str
     system: str = ""
     convention: str = ""  # whose names they are
+    history: str = ""  # pairs of texts: what the user said, what was answered
 
     def __str__(self) -> str:
         answer = "reward_model.ground_truth" if self.answer == "reward_model" else self.answer or "none"
         system = f", system <- {self.system}" if self.system else ""
-        return f"prompt <- {self.prompt}, answer <- {answer}{system} ({self.convention})"
+        history = f", turns before it <- {self.history}" if self.history else ""
+        return f"prompt <- {self.prompt}, answer <- {answer}{system}{history} ({self.convention})"
 
 
 def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Columns:
@@ -58,8 +65,14 @@ def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Co
             f"expected a column with the answer that the reward {reward} reads (one of {', '.join(ANSWER_COLUMNS)}), "
             f"the rows have {_names(row)}; set data.answer_column, or take another reward with --reward"
         )
-    system = "system" if prompt == "query" and "system" in row else ""
-    return Columns(prompt, answer, system, _convention(row, prompt, answer, settings))
+    system, history = (name if prompt == "query" and name in row else "" for name in ("system", "history"))
+    return Columns(prompt, answer, system, _convention(row, prompt, answer, settings), history)
+
+
+def with_fields(table: Table, settings: DataConfig) -> Table:
+    """The same rows, those fields that settings name as COLUMN.FIELD as columns of that name."""
+    wanted = [name for name in (settings.prompt_column, settings.answer_column) if "." in name]
+    return Table(table.place, [row | _fields(row, wanted) for row in table.rows]) if wanted else table
 
 
 def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]) -> None:
@@ -75,6 +88,7 @@ def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]
             place = f"row {number} of {table.place}"
             _check_prompt(row, columns, type(first), place)
             _check_answer(row, columns, needs_number, place)
+            _check_history(row, columns, place)
             if row.get(ID_COLUMN) is not None:
                 before = ids.setdefault(repr(row[ID_COLUMN]), place)
                 if before != place:
@@ -101,7 +115,10 @@ def messages_of(row: Row, columns: Columns, system: str, suffix: str) -> list[Ma
     """The conversation up to where the model answers. A row's own system message goes before the run's."""
     prompt = row[columns.prompt]
     if isinstance(prompt, str):
-        messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt + suffix}]
+        messages: list[Mapping[str, Any]] = []
+        for asked, answered in row.get(columns.history) or ():
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": prompt + suffix})
     else:
         messages = list(prompt[:-1]) if prompt[-1]["role"] == "assistant" else list(prompt)
     system = row.get(columns.system) or system
@@ -111,12 +128,17 @@ def messages_of(row: Row, columns: Columns, system: str, suffix: str) -> list[Ma
 
 
 def demonstration(row: Row, columns: Columns) -> str | None:
-    """What a warm start imitates: the chat's last answer, verl's worked answer, else the reference; None if no text."""
+    """What a warm start imitates; None if it is no text.
+
+    The chat's last answer, verl's worked answer, ms-swift's response, else the reference.
+    """
     prompt, details = row[columns.prompt], row.get("extra_info")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         answer = prompt[-1].get("content")
-    elif _is_verl(row) and isinstance(details, dict):
+    elif columns.answer == "reward_model" and isinstance(details, dict):
         answer = details.get("answer")
+    elif columns.convention == SWIFT and "response" in row:
+        answer = row["response"]
     else:
         answer = row.get(columns.answer)
     return answer if isinstance(answer, str) else None
@@ -150,7 +172,9 @@ def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> 
             f"columns {_names(row)}; add it, name the rows as two sources, or set data.answer_column"
         )
     answer = _reference(row, columns)
-    has_number = isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
+    has_number = _is_number(answer) or (
+        isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
+    )
     if needs_number and columns.answer and not has_number:
         raise ConfigError(
             f'the reward {needs_number} reads a number after "#### ", or a text that is nothing else, column '
@@ -159,10 +183,37 @@ def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> 
         )
 
 
+def _check_history(row: Row, columns: Columns, place: str) -> None:
+    turns = row.get(columns.history) or []
+    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        raise ConfigError(
+            f"expected column {columns.history} to be a list of [question, answer] texts, {place} has "
+            f"{repr(turns)[:60]}; mend that row, or give the column another name"
+        )
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _fields(row: Row, names: Iterable[str]) -> Row:
+    """Those of the names COLUMN.FIELD that the row has."""
+    found: Row = {}
+    for name in names:
+        column, _, inside = name.partition(".")
+        if name not in row and isinstance(row.get(column), dict) and inside in row[column]:
+            found[name] = row[column][inside]
+    return found
+
+
 def _reference(row: Row, columns: Columns) -> Any:
     """The answer, of verl's reward_model its ground truth; None if the row has none."""
     answer = row.get(columns.answer)
     return answer["ground_truth"] if isinstance(answer, dict) and "ground_truth" in answer else answer
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _convention(row: Row, prompt: str, answer: str, settings: DataConfig) -> str:
@@ -172,7 +223,7 @@ def _convention(row: Row, prompt: str, answer: str, settings: DataConfig) -> str
         return "verl's columns"
     if (prompt, answer) == ("question", "answer"):
         return "GSM8K's columns"
-    named = {"prompt": "TRL's columns", "messages": "ms-swift's columns", "query": "ms-swift's columns"}
+    named = {"prompt": "TRL's columns", "messages": SWIFT, "query": SWIFT}
     return named.get(prompt, "by name")
 
 

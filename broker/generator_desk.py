@@ -191,7 +191,8 @@ class GeneratorDesk:
             leased = self._lease(grant)
             if leased is None:
                 continue
-            num_bytes += 4 * leased[0].num_tokens + len(msgpack.packb(leased[0].columns))
+            texts = (leased[0].columns, leased[0].conversation)
+            num_bytes += 4 * leased[0].num_tokens + len(msgpack.packb(texts))
             if items and num_bytes > LEASES_BYTES:
                 for rest in reversed(grants[index:]):  # each goes to the front of its queue
                     self._run.scheduler_now().released(rest.attempt)
@@ -218,6 +219,7 @@ class GeneratorDesk:
             ttl_s=run.config.watchdog.lease_ttl_s,
             num_tokens=len(prompt.tokens),
             columns=dict(prompt.columns),
+            conversation=[dict(message) for message in prompt.conversation],
         )
         return item, prompt
 

@@ -35,7 +35,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
         source=source,
         files=_files(folder),
         vocab_size=_vocab_size(folder),
-        reward_digest=reward_digest([function.use for function in config.rewards.functions]),
+        reward_digest=reward_digest([function.use for function in config.rewards.functions], config.rewards.model.path),
         rollout_digest=rollout_digest(config.rollout.use),
     )
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class PromptSource:
         self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
         self._rewards = [function.use for function in config.rewards.functions]
         self._warmup_data = config.warmup.data
+        self._sends_conversation = bool(config.rewards.model.path)
         self.notes: list[str] = []  # which rows the run reads, and which of their columns is what
         self._records = self._load(config.data.train, self._rewards, "training")
         if 0 < config.data.max_rows < len(self._records):
@@ -99,21 +100,26 @@ class PromptSource:
         if len(tokens) > self._settings.max_prompt_tokens:
             return Unusable(number, TOO_LONG)
         seen = columns_for_rewards(*record)
-        if len(json.dumps(seen)) > MAX_COLUMNS_CHARACTERS:
+        messages = self._messages(record) if self._sends_conversation else []
+        conversation = json.loads(json.dumps(messages, default=str))
+        if len(json.dumps([seen, conversation])) > MAX_COLUMNS_CHARACTERS:
             return Unusable(number, TOO_LARGE)
-        if not can_travel(seen):
+        if not can_travel([seen, conversation]):
             return Unusable(number, UNSENDABLE)
-        return Prompt(number, row_number, tokens, seen)
+        return Prompt(number, row_number, tokens, seen, conversation)
 
     def _row_at(self, number: int) -> int:
         turn, place = divmod(number, self.num_rows)
         return int(_permutation(self._seed, turn, self.num_rows)[place]) if self._settings.shuffle else place
 
     def _tokenize(self, record: Record) -> Tokens:
-        messages = messages_of(*record, self._system, self._settings.suffix)
+        messages = self._messages(record)
         if isinstance(record.row[record.columns.prompt], str) and not self._tokenizer.has_chat_template:
             return self._tokenizer.encode("\n".join(str(message["content"]) for message in messages))
         return self._tokenizer.encode_chat(messages)
+
+    def _messages(self, record: Record) -> list[Mapping[str, Any]]:
+        return messages_of(*record, self._system, self._settings.suffix)
 
     def _held_out(self, config: Config) -> list[Prompt]:
         """The first prompts that fit, numbered by their place here. A training file holds nothing out.

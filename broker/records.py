@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from broker.columns import Columns, check_rows, recognise
+from broker.columns import Columns, check_rows, recognise, with_fields
 from broker.dataset import Row, read_tables
 from protocol.sections import DataConfig
 from protocol.sources import Source
@@ -37,7 +37,7 @@ def load_records(
     """Raises ConfigError for a source that cannot be read, and for the first row that cannot be used."""
     used, found, notes = list(rewards), list[Record](), list[str]()
     for source in sources:
-        tables = read_tables(source.name, evaluation=evaluation)
+        tables = [with_fields(table, settings) for table in read_tables(source.name, evaluation=evaluation)]
         if not tables:
             continue
         columns = recognise(tables[0].rows[0], settings, used)

@@ -200,7 +200,8 @@ class Service:
         if role is Role.GENERATOR and hello.reward_digest != run.reward_digest:
             raise ProtocolError(
                 "rewards",
-                f"{hello.name} would score with other reward code than the run; give it the same files with --reward",
+                f"{hello.name} would score with other reward code than the run, or another reward model; give it the "
+                "same files with --reward and --reward-model",
             )
         if role is Role.GENERATOR and hello.rollout_digest != run.rollout_digest:
             raise ProtocolError(

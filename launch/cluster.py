@@ -30,7 +30,7 @@ from launch.console import Console, open_screen
 from launch.devices import detect
 from launch.flags import CommandLine, parse
 from launch.make import make
-from launch.plan import Devices, Paths, Plan, implied_settings, plan
+from launch.plan import SHARED, Devices, Paths, Plan, implied_settings, plan
 from launch.resumption import AUTO, Resumption, go_back, resumption, unfinished
 from launch.run_folder import RunFolder, choose_addresses, free_ports
 from launch.status_file import StatusFile
@@ -38,6 +38,7 @@ from launch.summary import summary
 from launch.supervisor import Supervisor, Verdict
 from protocol.addresses import Addresses
 from protocol.errors import ConfigError, Exit, TetherError
+from protocol.reward_model import check_reward_model
 from protocol.rewards import check_rewards
 from protocol.rollouts import check_rollout
 from protocol.setting_names import known_keys, nearest
@@ -77,12 +78,16 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
     settings, run_dir, to_make, resumed = _start(command, environ)
     check_rewards([function.use for function in settings.config.rewards.functions])
     check_rollout(settings.config.rollout.use)
+    if settings.config.rewards.model.path:
+        check_reward_model(settings.config.rewards.model)
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
-    settings = settings.override(implied_settings(settings.config, devices))
+    preflight.check_device(settings.config, devices, environ)
+    shape = preflight.model_shape(settings.config.model.path) if settings.config.run.share_gpu else None
+    settings = settings.override(implied_settings(settings.config, devices, shape))
     paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
-    planned = plan(settings.config, devices, paths, resume=resumed is not None)
+    planned = plan(settings.config, devices, paths, resume=resumed is not None, shape=shape)
     if not to_make:
         preflight.check(settings.config)
     if command.dry_run:
@@ -98,6 +103,8 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
     if to_make:
         settings = make(to_make, settings, run_dir / "task", REPOSITORY)
         preflight.check(settings.config)
+    for line in _columns(planned.memory):
+        print(line)
     folder.write(settings, ["python", "launch/cluster.py", *arguments], addresses)
     return asyncio.run(_supervise(planned, settings, run_dir, environ)).code
 
@@ -150,8 +157,9 @@ def _start(command: CommandLine, environ: Mapping[str, str]) -> Start:
         given = build(outer).config.run
         return _go_on(resumption(command.resume, Path(given.out), given.name), outer)
     wanted = command.recipe or ("" if {value.key for value in outer} & {"model.path", "data.train"} else DEFAULT_RECIPE)
-    recipe = read_recipe(find_recipe(wanted)) if wanted else None
-    settings = _absolute(build(recipe.values if recipe else [], outer))
+    file = find_recipe(wanted) if wanted else None
+    recipe = read_recipe(file) if file else None
+    settings = _absolute(build(_found_beside(file, recipe.values) if file and recipe else [], outer))
     out, name = Path(settings.config.run.out), settings.config.run.name
     label = name or (Path(wanted).stem if wanted else "run")
     if command.resume == AUTO and (found := unfinished(out, label)):
@@ -164,7 +172,8 @@ def _start(command: CommandLine, environ: Mapping[str, str]) -> Start:
 
 def _go_on(from_there: Resumption, outer: Sequence[Value]) -> Start:
     """A run goes on with the settings that it has, and those of this start over them."""
-    settings = _absolute(build(read_saved(from_there.run_dir / "config.yaml"), outer))
+    saved = [value for value in read_saved(from_there.run_dir / "config.yaml") if value.origin != SHARED]
+    settings = _absolute(build(saved, outer))
     return Start(settings, from_there.run_dir.resolve(), "", from_there)
 
 
@@ -181,9 +190,19 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def _found_beside(recipe: Path, values: Sequence[Value]) -> list[Value]:
+    """A recipe's settings; its system message may name a text file that lies beside the recipe."""
+
+    def found(value: Value) -> Value:
+        beside = recipe.resolve().parent / str(value.value)
+        return value._replace(value=str(beside)) if value.key == "data.system" and os.path.isfile(beside) else value
+
+    return [found(value) for value in values]
+
+
 def _absolute(settings: Settings) -> Settings:
     """The same, with files named from the root: the run may be continued from another folder."""
-    keys = ("model.path", "critic.path", "data.system")
+    keys = ("model.path", "critic.path", "data.system", "rewards.model.path")
     values = [
         value._replace(value=str(Path(value.value).resolve()))
         for value in settings.values.values()
@@ -212,9 +231,13 @@ def _absolute_code(use: str) -> str:
 def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:
     lines = [f"{run_dir} (nothing is started)", ""]
     lines += [f"{process.name:<13} {process.device:<10} {' '.join(process.argv)}" for process in planned.processes]
-    lines += ["", *(f"{topic:<11} {sentence}" for topic, sentence in planned.notes), ""]
+    lines += ["", *_columns([*planned.notes, *planned.memory]), ""]
     given = [(value.key, value.value, value.origin) for value in settings.values.values()]
     return "\n".join([*lines, *(f"{key} = {value}  ({origin})" for key, value, origin in given)])
+
+
+def _columns(notes: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{topic:<11} {sentence}" for topic, sentence in notes]
 
 
 def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path) -> str:
@@ -226,6 +249,7 @@ def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path)
             for p in planned.processes
         ],
         "notes": dict(planned.notes),
+        "memory": {topic.strip(): sentence for topic, sentence in planned.memory},
         "settings": settings.config.model_dump(mode="json"),
         "origins": {key: origin for key in known_keys() if (origin := settings.origin(key)) != DEFAULT},
     }

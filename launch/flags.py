@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from launch.resumption import NEVER
 from protocol.errors import ConfigError
+from protocol.foreign_names import setting_of
 from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, describe, is_section, known_keys, nearest, unknown
 from protocol.settings import Value, from_text
@@ -30,6 +31,7 @@ GROUPS = {
         "--dataset": ("data.train", "D[#N][,D...]"),
         "--rollout": ("rollout.use", "NAME|FILE.py:NAME|package.module:NAME"),
         "--reward": ("rewards.functions", "NAME|FILE.py:NAME|package.module:NAME[:WEIGHT]"),
+        "--reward-model": ("rewards.model.path", "FOLDER[:WEIGHT]"),
     },
     "the algorithm": {
         "--max-staleness": ("staleness.max", "S"),
@@ -75,6 +77,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
         value = given[_attribute(flag)]
         if key == "rewards.functions" and value:
             values.append(Value(key, [_reward(text) for text in value], flag))
+        elif key == "rewards.model.path" and value:
+            values += _reward_model(value, flag)
         elif value not in (None, [], False):
             values.append(from_text(key, value, flag) if metavar else Value(key, True, flag))
     values += _dotted(rest)
@@ -119,6 +123,8 @@ def _dotted(words: Sequence[str]) -> Iterator[Value]:
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
+            if setting_of(word.partition("=")[0]) is not None:
+                raise unknown(f"--{word.partition('=')[0]}", "on the command line")
             raise ConfigError(f"expected a flag, got {word!r} on the command line; see --help")
         flag, equals, text = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
@@ -144,6 +150,16 @@ def _reward(text: str) -> dict[str, object]:
         return {"use": use, "weight": float(last)} if colon else {"use": text}
     except ValueError:
         return {"use": text}
+
+
+def _reward_model(text: str, flag: str) -> list[Value]:
+    """FOLDER, with :WEIGHT or without."""
+    folder, colon, last = text.rpartition(":")
+    try:
+        given = {"path": folder, "weight": float(last)} if colon else {"path": text}
+    except ValueError:
+        given = {"path": text}
+    return [Value(f"rewards.model.{name}", value, flag) for name, value in given.items()]
 
 
 def _short_flags() -> Iterator[tuple[str, tuple[str, str]]]:

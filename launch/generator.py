@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 from launch.log_lines import log_to_stderr
 from protocol import settings
+from protocol.accelerators import DEVICES
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
 from protocol.errors import Exit, PeerTimeout, TetherError
@@ -56,11 +57,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--run-dir", type=Path, help="a run on this host")
     parser.add_argument("--key", type=Path, help="key file; RUN/keys/generator.key of the run's host")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default: as the run does")
+    parser.add_argument("--device", choices=DEVICES, help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
     parser.add_argument(
         "--rollout", default="", metavar="CODE:NAME", help="rollout of the run, where it is no built-in"
     )
+    parser.add_argument("--reward-model", default="", metavar="FOLDER", help="where the run's reward model lies here")
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -82,7 +84,8 @@ async def generate(args: argparse.Namespace) -> None:
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
     uses = [function.use for function in own.rewards.functions] if own else args.reward
     rollout_use = own.rollout.use if own else args.rollout
-    scores_by, rolls_by = reward_digest(uses), rollout_digest(rollout_use)
+    reward_model = own.rewards.model.path if own else args.reward_model
+    scores_by, rolls_by = reward_digest(uses, reward_model), rollout_digest(rollout_use)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
 
@@ -113,8 +116,9 @@ async def generate(args: argparse.Namespace) -> None:
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
         rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
-        scorer = Scorer(with_files(config.rewards, uses), model, config.sampling.max_tokens, config.rollout.weight)
-        await scorer.start()
+        rewards, trusted = with_files(config.rewards, uses, reward_model), config.model.trust_remote_code
+        scorer = Scorer(rewards, model, config.sampling.max_tokens, device, trusted, config.rollout.weight)
+        await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries
         await _reported(engine.start(), session, config)
@@ -140,13 +144,15 @@ async def generate(args: argparse.Namespace) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-async def _reported(work: Coroutine[Any, Any, Outcome], session: Session, config: Config) -> Outcome:
+async def _reported(
+    work: Coroutine[Any, Any, Outcome], session: Session, config: Config, state: str = "starting the engine"
+) -> Outcome:
     """The outcome of `work`, which takes seconds to minutes: the broker hears meanwhile what takes so long."""
     task = asyncio.get_running_loop().create_task(work)
     started = asyncio.get_running_loop().time()
     while not task.done():
         for_s = asyncio.get_running_loop().time() - started
-        await session.ask(Beat(state="starting the engine", for_s=for_s), timeout_s=config.watchdog.orphan_s)
+        await session.ask(Beat(state=state, for_s=for_s), timeout_s=config.watchdog.orphan_s)
         await asyncio.wait([task], timeout=config.watchdog.heartbeat_s)
     return await task
 

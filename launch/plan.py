@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from launch.memory import MemorySplit, generator_share
+from launch.model_shape import ModelShape
+from protocol.accelerators import BY_KIND, MASKS, Accelerator, Card
 from protocol.config import Config
 from protocol.errors import PreflightError
 from protocol.settings import Value
 
-VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-"""By kind of device: the variable that says which cards a process sees."""
-
 SHARED_FRACTION = 0.45
 """With --share-gpu: how much of the card's memory all generators together may take."""
+
+
+SHARED = "because of --share-gpu"
+"""Origin of settings that are worked out anew at each start."""
 
 
 class ProcessRole(StrEnum):
@@ -29,21 +33,16 @@ class ProcessRole(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """One accelerator."""
-
-    index: str  # as the variable in VISIBLE wants it
-    name: str
-    memory_bytes: int = 0  # 0: not known
-
-
-@dataclass(frozen=True, slots=True)
 class Devices:
     """What there is to compute on."""
 
-    kind: str  # cuda, npu or cpu
+    kind: str  # of protocol.accelerators.BY_KIND
     cores: int
     cards: tuple[Card, ...] = ()
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return BY_KIND[self.kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +71,23 @@ class Plan:
     processes: tuple[Process, ...]
     notes: tuple[tuple[str, str], ...]
     """The run's arithmetic: (about what, sentence)."""
+    memory: tuple[tuple[str, str], ...] = ()
+    """With --share-gpu, who takes what of the card: (whose part, sentence)."""
 
     def of(self, role: ProcessRole) -> tuple[Process, ...]:
         return tuple(process for process in self.processes if process.role is role)
 
 
-def plan(config: Config, devices: Devices, paths: Paths, *, resume: bool = False) -> Plan:
-    """Place a run. Raises PreflightError if it does not fit, naming what would."""
+def plan(
+    config: Config, devices: Devices, paths: Paths, *, resume: bool = False, shape: ModelShape | None = None
+) -> Plan:
+    """Place a run. `shape`: the model's, where it is known.
+
+    Raises PreflightError if it does not fit, naming what would.
+    """
     learner_cards, generator_cards = _place(config, devices)
     everyone = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(paths.repository), **_threads(config, devices)}
-    nothing = dict.fromkeys(VISIBLE.values(), "")
+    nothing = dict.fromkeys(MASKS, "")
     run = ("--run-dir", str(paths.run_dir))
 
     def start(role: ProcessRole, *arguments: str) -> tuple[str, ...]:
@@ -91,8 +97,7 @@ def plan(config: Config, devices: Devices, paths: Paths, *, resume: bool = False
     processes = [Process("broker", ProcessRole.BROKER, start(ProcessRole.BROKER), {**everyone, **nothing}, "cpu")]
     for rank in range(config.learner.ranks):
         env = everyone | nothing | _see(devices, learner_cards) | _rank(rank, config.learner.ranks, paths.master_port)
-        if devices.kind == "cpu":
-            env["DS_ACCELERATOR"] = "cpu"
+        env["DS_ACCELERATOR"] = devices.accelerator.device
         device = f"{devices.kind} {learner_cards[rank].index}" if learner_cards else devices.kind
         argv = start(ProcessRole.LEARNER, *(("--resume",) if resume else ()))
         processes.append(Process(f"learner-{rank}", ProcessRole.LEARNER, argv, env, device))
@@ -102,15 +107,28 @@ def plan(config: Config, devices: Devices, paths: Paths, *, resume: bool = False
         argv = start(ProcessRole.GENERATOR, "--name", name)
         env = everyone | nothing | _see(devices, cards)
         processes.append(Process(name, ProcessRole.GENERATOR, argv, env, device))
-    return Plan(tuple(processes), _notes(config, devices))
+    if not (config.run.share_gpu and devices.cards):
+        return Plan(tuple(processes), _notes(config, devices))
+    split = MemorySplit.of(config, shape, devices.cards[0].memory_bytes)
+    split.check()
+    return Plan(tuple(processes), _notes(config, devices), split.notes())
 
 
-def implied_settings(config: Config, devices: Devices) -> list[Value]:
-    """What follows from the devices where nobody has said otherwise."""
-    values = [Value("run.device", devices.kind, "found here")] if config.run.device == "auto" else []
-    if config.run.share_gpu and devices.cards and "gpu_memory_utilization" not in config.vllm:
+def implied_settings(config: Config, devices: Devices, shape: ModelShape | None = None) -> list[Value]:
+    """What follows from the devices, and with --share-gpu from the model, where nobody has said otherwise."""
+    values = []
+    if config.run.device == "auto":
+        values.append(Value("run.device", devices.accelerator.device, "found here"))
+    if not (config.run.share_gpu and devices.cards and config.generators.engine == "vllm"):
+        return values
+    share = config.vllm.get("gpu_memory_utilization")
+    if share is None:
         share = round(SHARED_FRACTION / max(1, config.generators.count), 3)
-        values.append(Value("vllm.gpu_memory_utilization", share, "because of --share-gpu"))
+        values.append(Value("vllm.gpu_memory_utilization", share, SHARED))
+    if "kv_cache_memory_bytes" not in config.vllm and shape and devices.cards[0].memory_bytes:
+        cache = generator_share(config, shape, int(share * devices.cards[0].memory_bytes)).cache_bytes
+        if cache > 0:
+            values.append(Value("vllm.kv_cache_memory_bytes", cache, SHARED))
     return values
 
 
@@ -122,7 +140,8 @@ def _place(config: Config, devices: Devices) -> tuple[Sequence[Card], Sequence[S
     each = _cards_per_generator(config)
     if not devices.cards:
         raise PreflightError(
-            f"--device {devices.kind} needs a card, none is visible; to compute on the processor: --device cpu"
+            f"--device {devices.accelerator.device} needs a card, none is visible; to compute on the processor: "
+            "--device cpu"
         )
     if config.run.share_gpu:
         if ranks > 1 or each > 1:
@@ -162,7 +181,11 @@ def _cards_per_generator(config: Config) -> int:
 
 
 def _see(devices: Devices, cards: Sequence[Card]) -> dict[str, str]:
-    return {VISIBLE[devices.kind]: ",".join(card.index for card in cards)} if cards else {}
+    """The variables that show a process these cards alone."""
+    if not cards:
+        return {}
+    mask = ",".join(card.index for card in cards)
+    return dict.fromkeys(devices.accelerator.masks, mask) | dict(devices.accelerator.environment)
 
 
 def _rank(rank: int, num_ranks: int, port: int) -> dict[str, str]:

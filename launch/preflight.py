@@ -5,10 +5,18 @@ Each check raises with what was expected, what was found, and what to do.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from launch.devices import detect
+from launch.model_shape import ModelShape
+from launch.plan import Devices
+from protocol.accelerators import ORDER, candidates
 from protocol.config import Config
 from protocol.errors import ConfigError, PreflightError
 from protocol.keys import require_curve
@@ -26,6 +34,65 @@ def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
     check_packages(config)
     check_model(config.model.path)
     check_shared_memory(Path(config.model.path), shared_memory, 1 if config.lora.rank else SNAPSHOTS)
+
+
+def check_device(config: Config, devices: Devices, environ: Mapping[str, str]) -> None:
+    """Raises PreflightError if `devices` lack a card or a package, naming each, and a --device that lacks nothing."""
+    lacks = _lacking(config, devices, environ)
+    if lacks:
+        device = devices.accelerator.device
+        others = [kind for kind in dict.fromkeys(kind.device for kind in ORDER) if kind != device]
+        works = [other for other in others if not _lacking(config, detect(other, environ), environ)]
+        wanted = (
+            f"--device {device}" if config.run.device == device else f"--device {config.run.device}, here {device},"
+        )
+        raise PreflightError(
+            "\n  ".join([f"{wanted} needs more than there is; what works here: --device {[*works, 'cpu'][0]}", *lacks])
+        )
+
+
+def _lacking(config: Config, devices: Devices, environ: Mapping[str, str]) -> list[str]:
+    """What a run on these devices would miss, one line each, with what to do about it."""
+    accelerator, lacks = devices.accelerator, []
+    if accelerator.tools and not devices.cards:
+        tools = " or ".join(tool.commands[0][0] for kind in candidates(accelerator.device) for tool in kind.tools)
+        masks = [mask for mask in (accelerator.outer_mask, *accelerator.masks) if mask in environ]
+        through = f" and {' and '.join(f'{mask}={environ[mask]}' for mask in masks)} lets through" if masks else ""
+        lacks.append(f"needs a card, none is visible: there must be one that {tools} shows{through}")
+    wants_vllm = config.generators.count and config.generators.engine == "vllm"
+    for package in (accelerator.torch_plugin, accelerator.vllm_plugin if wants_vllm else None):
+        if package is not None and importlib.util.find_spec(package.module) is None:
+            lacks.append(f"needs the package {package.module}, which this Python does not have: {package.install}")
+    if accelerator.toolkit and not any(environ.get(name) for name in accelerator.toolkit_variables):
+        names = " nor ".join(accelerator.toolkit_variables)
+        lacks.append(f"needs {accelerator.toolkit} (neither {names} is set)")
+    if accelerator.torch_build and (version := _cpu_build("torch")):
+        lacks.append(f"needs a torch that was built for it, found {version}: {accelerator.torch_build}")
+    return lacks
+
+
+def _cpu_build(package: str) -> str:
+    """Name and version of a package that was built for the CPU alone, as its version says; "" for any other."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f"{package} {version}" if version.endswith("+cpu") else ""
+
+
+def model_shape(model: str) -> ModelShape | None:
+    """Of a folder, or of a name whose files are in Hugging Face's cache; None where its config.json is not here."""
+    folder = Path(model)
+    found: Any = folder / "config.json" if folder.is_dir() else None
+    if found is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model, "config.json") if model.count("/") <= 1 and model else None
+    try:
+        config = json.loads(Path(found).read_text()) if isinstance(found, (str, Path)) else None
+    except (OSError, ValueError):
+        return None
+    return ModelShape.of(config if isinstance(config, dict) else None)
 
 
 def check_packages(config: Config) -> None:

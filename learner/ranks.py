@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from protocol.errors import ConfigError, PeerTimeout
-
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+from protocol.accelerators import backend_of, import_torch_plugin
+from protocol.errors import PeerTimeout
 
 
 def environment(device: str) -> dict[str, str]:
@@ -40,10 +39,10 @@ class Ranks:
     def open(cls, environ: Mapping[str, str], device: str, timeout_s: float = 600.0) -> Ranks:
         """Join the other ranks; `environ` has what torchrun sets. A rank that stays away is an error after `timeout_s`.
 
-        Raises PeerTimeout if the others do not come.
+        Raises PeerTimeout if the others do not come, ConfigError or PreflightError if there is no such device.
         """
-        if device not in BACKENDS:
-            raise ConfigError(f"device must be one of {', '.join(BACKENDS)}, got {device}; set run.device")
+        backend = backend_of(device)
+        import_torch_plugin(device)
         rank, num_ranks = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         place = torch.device(device) if device == "cpu" else torch.device(device, int(environ.get("LOCAL_RANK", "0")))
         if place.type != "cpu":
@@ -52,9 +51,9 @@ class Ranks:
         timeout = timedelta(seconds=timeout_s)
         with ranks._named("meet"):
             if num_ranks == 1:  # no port to be in use, no address to be unknown
-                dist.init_process_group(BACKENDS[device], store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
-                dist.init_process_group(BACKENDS[device], init_method="env://", timeout=timeout)
+                dist.init_process_group(backend, init_method="env://", timeout=timeout)
         return ranks
 
     def close(self) -> None:

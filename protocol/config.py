@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from protocol.algorithm import GROUP_RELATIVE, AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
-from protocol.brought_code import shown_name
 from protocol.fields import MAX_NAME, MAX_REWARDS
-from protocol.rollouts import SINGLE_TURN
+from protocol.rewards import scored_by
+from protocol.rollouts import ENVIRONMENT, SINGLE_TURN
 from protocol.sections import (
     AtBound,
     BatchConfig,
@@ -81,8 +81,10 @@ class Config(Section):
                 )
         self._algorithm_rules()
         self._kl_rules()
-        if not self.rewards.functions and self.rollout.weight is None:
-            raise ValueError("at least one reward function is needed, got none; set rewards.functions or --reward NAME")
+        if not self.rewards.functions and not self.rewards.model.path and self.rollout.weight is None:
+            raise ValueError(
+                "at least one reward is needed, got none; set rewards.functions or --reward NAME, or --reward-model"
+            )
         if self.rollout.use == SINGLE_TURN and self.rollout.weight is not None:
             raise ValueError(
                 f"a single turn gives no reward of its own to weigh, got rollout.weight {self.rollout.weight:g}; set "
@@ -172,7 +174,8 @@ class Config(Section):
                     raise ValueError(f"kl.{name} shapes a gradient, which a reward has none of; set kl.place loss")
 
     def _check_rewards_fit_a_result(self) -> None:
-        names = [shown_name(function.use) for function in self.rewards.functions]
+        names = [name for name, _ in scored_by(self.rewards)]
+        names += [ENVIRONMENT] if self.rollout.weight is not None else []
         if len(names) > MAX_REWARDS:
             raise ValueError(
                 f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "

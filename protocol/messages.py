@@ -251,6 +251,8 @@ class LeaseItem(BaseModel):
     ttl_s: Seconds
     num_tokens: Natural
     columns: dict[str, Any]
+    conversation: list[dict[str, Any]] = []
+    """The messages behind the tokens, where a reward model reads them."""
 
 
 class Leases(Message):

@@ -5,12 +5,14 @@ Both ends of a connection compare that identity; the code itself never travels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.brought_code import brought_digest, is_brought, is_file, is_there, shown_name
 from protocol.errors import ConfigError
+from protocol.reward_model import REWARD_MODEL, reward_model_digest
 from protocol.rollouts import ENVIRONMENT, SINGLE_TURN
 
 if TYPE_CHECKING:
@@ -49,30 +51,46 @@ def check_rewards(uses: Sequence[str]) -> None:
             raise ConfigError(f"expected reward code in {place}, there is no such file; set --reward")
 
 
+def scored_by(rewards: RewardsConfig) -> list[tuple[str, float]]:
+    """What a generator scores with, by shown name with its weight: the functions, and the reward model if there is one.
+
+    In the order of every list of rewards, in which a rollout's own reward comes behind them.
+    """
+    found = [(shown_name(function.use), function.weight) for function in rewards.functions]
+    return [*found, (REWARD_MODEL, rewards.model.weight)] if rewards.model.path else found
+
+
 def weighted_functions(config: Config) -> list[tuple[str, float]]:
     """What a reward is the sum of, each by its shown name with its weight."""
-    functions = [(shown_name(function.use), function.weight) for function in config.rewards.functions]
+    found = scored_by(config.rewards)
     if config.rollout.weight is not None:
-        functions.append((ENVIRONMENT, config.rollout.weight))
-    return [*functions, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else functions
+        found.append((ENVIRONMENT, config.rollout.weight))
+    return [*found, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else found
 
 
 def names_in_results(config: Config) -> list[str]:
     """Under which names a generator may give rewards, and numbers beside them as NAME/KEY."""
-    names = [shown_name(function.use) for function in config.rewards.functions]
+    names = [name for name, _ in scored_by(config.rewards)]
     return names if config.rollout.use == SINGLE_TURN else [*names, ENVIRONMENT]
 
 
-def reward_digest(uses: Sequence[str]) -> str:
-    """Of names and file contents, in order; "" when all are built in. Raises ConfigError if a file is missing."""
-    return brought_digest(uses, "reward", "rewards.functions or --reward")
+def reward_digest(uses: Sequence[str], model: str = "") -> str:
+    """Of names and file contents, in order, and of the reward model in folder `model`; "" when all are built in.
+
+    Raises ConfigError if a file is missing.
+    """
+    of_code = brought_digest(uses, "reward", "rewards.functions or --reward")
+    if not model:
+        return of_code
+    return hashlib.sha256(f"{of_code} {reward_model_digest(Path(model))}".encode()).hexdigest()[:32]
 
 
-def with_files(rewards: RewardsConfig, uses: Sequence[str]) -> RewardsConfig:
-    """The run's rewards with their code where this host has it: `uses` names it in the run's order."""
+def with_files(rewards: RewardsConfig, uses: Sequence[str], model: str = "") -> RewardsConfig:
+    """The run's rewards with code and model where this host has them: `uses` names the code in the run's order."""
     here = iter([use for use in uses if is_brought(use)])
     functions = [
         function.model_copy(update={"use": next(here)}) if is_brought(function.use) else function
         for function in rewards.functions
     ]
-    return rewards.model_copy(update={"functions": tuple(functions)})
+    here_too = {"model": rewards.model.model_copy(update={"path": model})} if model else {}
+    return rewards.model_copy(update={"functions": tuple(functions), **here_too})

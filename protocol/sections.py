@@ -51,9 +51,9 @@ class DataConfig(Section):
     eval: Sources = ""
     """Held-out rows, as `train`. Empty: the test split of its folders and datasets that have one."""
     prompt_column: str = ""
-    """Column with the question or the chat messages. Empty: recognised by name."""
+    """Column with the question or the chat messages, or COLUMN.FIELD. Empty: recognised by name."""
     answer_column: str = ""
-    """Column with the reference answer. Empty: recognised by name."""
+    """Column with the reference answer, or COLUMN.FIELD. Empty: recognised by name."""
     system: str = ""
     """System message put before every prompt: text, or a path to a text file."""
     suffix: str = ""
@@ -154,9 +154,30 @@ class RewardConfig(Section):
     """Keyword arguments of the function, such as format_score of gsm8k."""
 
 
+class RewardModelConfig(Section):
+    path: str = ""
+    """Folder of a sequence-classification model whose output is one more reward. Empty: none."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    label: Annotated[int, Field(ge=0)] | None = None
+    """Which of the model's outputs is the reward, from 0. None: its only one."""
+    max_tokens: NonNegativeInt = 0
+    """Longest conversation in the reward model's own tokens; a longer one is an error. 0: as its config says."""
+    batch_size: PositiveInt = 16
+    """Completions of one forward, at most: those that wait when it starts."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|npu)(:\d+)?)$")] = "auto"
+    """Where it computes: cpu, or a card among those that the generator sees (cuda, cuda:1). auto: as the generator."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What it computes in. auto: bfloat16 on accelerators, float32 on a CPU."""
+    timeout_s: PositiveFloat = 60.0
+    """Deadline of one forward; past it the worker is killed and its completions are errors."""
+
+
 class RewardsConfig(Section):
     functions: tuple[RewardConfig, ...] = (RewardConfig(use="gsm8k"),)
     """What scores a completion; the reward is the weighted sum."""
+    model: RewardModelConfig = RewardModelConfig()
+    """A model that scores conversations, beside the functions."""
     workers: PositiveInt = 1
     """Processes that score, per generator."""
     timeout_s: PositiveFloat = 30.0
@@ -223,7 +244,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Of sampling, data order and made models."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
-    """Where learner and generators compute. npu is planned for and has not been run yet."""
+    """Where to compute; AMD is cuda too. auto: the first of NVIDIA, AMD, Ascend that has a card, else cpu."""
     share_gpu: bool = False
     """Learner and generators share one card."""
     drain_s: PositiveFloat = 60.0

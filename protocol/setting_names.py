@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from protocol.config import Config
 from protocol.errors import ConfigError
+from protocol.foreign_names import PAGE, setting_of
 
 PASS_THROUGH = tuple(name for name, field in Config.model_fields.items() if typing.get_origin(field.annotation) is dict)
 """Sections that are handed to an engine as they are: any name is allowed in them."""
@@ -87,13 +88,23 @@ def nearest(key: str, candidates: Sequence[str]) -> str:
 
 
 def unknown(key: str, origin: str, candidates: Sequence[str] = ()) -> ConfigError:
-    """The error for a setting that does not exist, naming the nearest that does."""
+    """The error for a setting that does not exist, naming what it is called here, or the nearest that does."""
     if parts(key)[1] in TRUNCATING:
         return ConfigError(
             f"{key} is not a setting ({origin}): truncated sampling is refused for training, because the learner "
             "cannot reproduce the truncated distribution and every ratio would be biased; leave it out"
         )
-    return ConfigError(f"{key} is not a setting ({origin}); did you mean {nearest(key, candidates or known_keys())}?")
+    meant, foreign = nearest(key, candidates or known_keys()), setting_of(key)
+    if foreign == "":
+        return ConfigError(
+            f"{key} is not a setting ({origin}), and there is none like it: {PAGE} says what to do instead"
+        )
+    if foreign is None or foreign == meant.lstrip("-"):
+        return ConfigError(f"{key} is not a setting ({origin}); did you mean {meant}?")
+    dashes = "--" if key.startswith("--") else ""
+    return ConfigError(
+        f"{key} is not a setting ({origin}); did you mean {dashes}{foreign}? {PAGE} says how they differ"
+    )
 
 
 def parts(key: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from protocol.config import Config
 from protocol.errors import ConfigError
+from protocol.foreign_names import setting_of
 from protocol.setting_names import (
     PASS_THROUGH,
     describe,
@@ -200,7 +201,8 @@ def _require_known(value: Value) -> None:
     if key in known_keys() or (section in PASS_THROUGH and key != section):
         return
     if key in PASS_THROUGH or is_section(key):
-        inside = [known for known in known_keys() if known.startswith(f"{key}.")] or [f"{key}.NAME"]
+        inside = [known for known in known_keys() if known.startswith(f"{key}.")]
+        inside = inside or [*filter(None, [setting_of(key)]), f"{key}.NAME"]
         raise ConfigError(
             f"{key} is a group of settings, got {value.value!r} ({value.origin}); set {', '.join(inside)}"
         )

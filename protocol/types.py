@@ -7,7 +7,7 @@ Legend: T tokens of one sequence, G completions of one prompt (the group), P pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class Prompt:
     row: int  # row of the dataset
     tokens: Tokens  # [T]
     columns: Mapping[str, Any] = field(default_factory=dict)  # what rewards see: the row's other columns, plain JSON
+    conversation: Sequence[Mapping[str, Any]] = ()  # the messages behind `tokens`, for a reward model; () without one
 
 
 @dataclass(frozen=True, slots=True, eq=False)

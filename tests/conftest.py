@@ -43,3 +43,17 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> World
     from tests.rank_worlds import world_of_three
 
     return world_of_three(tmp_path_factory.mktemp("three"), ranks)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--recipe-engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what samples in the runs of tests/test_recipes.py",
+    )
+
+
+@pytest.fixture(scope="session")
+def recipe_engine(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--recipe-engine"))

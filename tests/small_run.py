@@ -156,7 +156,9 @@ class FakeGenerator:
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
         rollout = RolloutRunner(self.config, self.config.rollout, self.folder / "model")
         weight = self.config.rollout.weight
-        scorer = Scorer(self.config.rewards, self.folder / "model", self.config.sampling.max_tokens, weight)
+        scorer = Scorer(
+            self.config.rewards, self.folder / "model", self.config.sampling.max_tokens, environment_weight=weight
+        )
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
         staging.mkdir(mode=0o700)

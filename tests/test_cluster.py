@@ -26,6 +26,7 @@ from launch.run_folder import RunFolder, choose_addresses
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError
+from protocol.rewards import scored_by
 from protocol.settings import build
 from tests.wire import free_addresses
 
@@ -99,7 +100,7 @@ def test_a_dry_run_prints_processes_arithmetic_and_origins(capsys: pytest.Captur
         (("--zero", "7"), Exit.SETTINGS, "learner.zero must be less than or equal to 3, got 7 (--zero)"),
         (("--recipe", "no_such_thing"), Exit.SETTINGS, "expected a recipe's name or file behind --recipe"),
         (("--model", "./nowhere"), Exit.SETTINGS, "found no folder ./nowhere; set --model"),
-        (("--device", "npu"), Exit.PREFLIGHT, "--device npu needs a card, none is visible"),
+        (("--device", "npu"), Exit.PREFLIGHT, "needs a card, none is visible: there must be one that npu-smi shows"),
         (("--resume", "nowhere"), Exit.SETTINGS, "expected a run with a config.yaml to resume"),
         (("--resume",), Exit.SETTINGS, "expected a run to resume below runs, found none"),
     ],
@@ -140,6 +141,16 @@ def test_rewards_are_named_with_their_weights() -> None:
         ("my/file.py:brevity", 0.1),
         ("a.py:b", 1.0),
     ]
+
+
+def test_a_reward_model_is_a_folder_with_its_weight() -> None:
+    for words, expected in ((["judges/a:0.5"], ("judges/a", 0.5)), (["judges/a"], ("judges/a", 1.0))):
+        model = build(parse(["--reward-model", *words]).values).config.rewards.model
+        assert (model.path, model.weight) == expected
+    alone = build(parse(["--reward-model", "judge", "--rewards.functions", "[]"]).values).config
+    assert scored_by(alone.rewards) == [("reward_model", 1.0)]
+    with pytest.raises(ConfigError, match=r"at least one reward is needed, got none; set rewards\.functions"):
+        build(parse(["--rewards.functions", "[]"]).values)
 
 
 def test_resume_may_name_its_run_or_not() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from broker.columns import Columns, check_rows, columns_for_rewards, demonstration, messages_of, recognise
+from broker.columns import Columns, check_rows, columns_for_rewards, demonstration, messages_of, recognise, with_fields
 from broker.dataset import Row, Table
 from protocol.errors import ConfigError
 from protocol.sections import DataConfig
@@ -40,11 +40,57 @@ def check(rows: list[Row], columns: Columns = QA, rewards: tuple[str, ...] = ())
             {"system": "b", "query": "q", "solution": "s"},
             "prompt <- query, answer <- solution, system <- system (ms-swift's columns)",
         ),
+        (
+            {"query": "q", "response": "r", "history": [], "rejected_response": "x"},
+            "prompt <- query, answer <- response, turns before it <- history (ms-swift's columns)",
+        ),
         ({"problem": "p", "solution": "s"}, "prompt <- problem, answer <- solution (by name)"),
     ],
 )
 def test_conventions_are_recognised_by_their_columns_and_said(row: Row, said: str) -> None:
     assert str(recognise(row, DataConfig())) == said
+
+
+SWIFT = {"system": "Be brief.", "query": "And 3?", "response": "4", "rejected_response": "5", "solution": "#### 4"}
+
+
+def test_ms_swifts_history_comes_before_its_query() -> None:
+    row = SWIFT | {"history": [["What is 1 + 1?", "2"], ["And 2?", "3"]]}
+    columns = recognise(row, DataConfig())
+    check([row, SWIFT | {"history": None}, SWIFT | {"history": []}], columns)
+    assert messages_of(row, columns, "of the run", " Think.") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "And 2?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "And 3? Think."},
+    ]
+    assert messages_of(SWIFT, columns, "", "")[1:] == [{"role": "user", "content": "And 3?"}]
+    assert columns_for_rewards(row, columns)["answer"] == "#### 4"
+    assert demonstration(row, columns) == "4"
+
+
+@pytest.mark.parametrize("history", ["once", [["only asked"]], [["a", 1]], [{"role": "user", "content": "a"}]])
+def test_a_history_that_is_none_is_told(history: Any) -> None:
+    columns = recognise(SWIFT | {"history": []}, DataConfig())
+    with pytest.raises(ConfigError, match=r"column history to be a list of \[question, answer\] texts, row 0 of rows"):
+        check([SWIFT | {"history": history}], columns)
+
+
+def test_a_field_inside_a_column_may_be_named() -> None:
+    settings = DataConfig(prompt_column="extra_info.question", answer_column="extra_info.answer")
+    row = VERL | {"extra_info": {"question": "What is 71 + 1?", "answer": "71+1=72\n#### 72"}}
+    table = with_fields(Table("rows", [row, VERL]), settings)
+    columns = recognise(table.rows[0], settings)
+    assert messages_of(table.rows[0], columns, "", "") == [{"role": "user", "content": "What is 71 + 1?"}]
+    assert demonstration(table.rows[0], columns) == "71+1=72\n#### 72"
+    with pytest.raises(
+        ConfigError, match=r"in column extra_info\.question of every row, row 1 of rows has only the col"
+    ):
+        check_rows([table], columns, ())
+    unnamed = Table("rows", [row])
+    assert with_fields(unnamed, DataConfig(prompt_column="prompt")) is unnamed
 
 
 def test_a_setting_overrides_what_is_recognised() -> None:
@@ -111,14 +157,14 @@ def test_an_answer_may_be_null_where_no_reward_reads_a_number() -> None:
 
 
 @pytest.mark.parametrize("reward", ["gsm8k", "gsm8k_flexible"])
-@pytest.mark.parametrize("answer", ["1+1=2", "", None, 2, "####2", "two #### two"])
+@pytest.mark.parametrize("answer", ["1+1=2", "", None, True, float("nan"), "####2", "two #### two"])
 def test_an_answer_without_a_number_is_told_where_a_gsm8k_reward_reads_it(answer: Any, reward: str) -> None:
     said = f"the reward {reward} reads a number after .*, column answer has .* in row 1 of rows; mend that row"
     with pytest.raises(ConfigError, match=said):
         check([GSM8K, GSM8K | {"answer": answer}], rewards=("mine.py:score", reward))
 
 
-@pytest.mark.parametrize("answer", ["#### 2", "so #### -1,080.5 it is", "2", " -1,080 "])
+@pytest.mark.parametrize("answer", ["#### 2", "so #### -1,080.5 it is", "2", " -1,080 ", 2, 0.5])
 def test_a_number_after_the_mark_or_alone_is_an_answer(answer: str) -> None:
     check([GSM8K | {"answer": answer}], rewards=("gsm8k",))
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launch.devices import parse_npu, parse_nvidia, visible
-from launch.plan import Card, Devices, Paths, Plan, ProcessRole, implied_settings, plan
+from launch.plan import Devices, Paths, Plan, ProcessRole, implied_settings, plan
+from protocol.accelerators import Card
 from protocol.config import Config
 from protocol.errors import PreflightError
 
@@ -116,16 +116,22 @@ def test_the_arithmetic_of_a_step_is_spelled_out() -> None:
     assert notes["note"] == "3 processes compute on 2 cores: they take turns"
 
 
-def test_nvidia_cards_are_read_and_masked_in_the_masks_order() -> None:
-    found = parse_nvidia("0, GPU-aa11, NVIDIA H200, 143771\n1, GPU-bb22, NVIDIA H200, 143771\nno devices were found\n")
-    assert [card.memory_bytes for _, card in found] == [143771 << 20] * 2
-    assert [card.index for card in visible(found, None)] == ["0", "1"]
-    assert [card.index for card in visible(found, "1,0")] == ["1", "0"]
-    assert [card.index for card in visible(found, "GPU-bb")] == ["1"]
-    assert visible(found, "") == visible(found, "-1") == ()
+def test_on_rocm_a_process_gets_one_list_in_both_variables_that_count_alike() -> None:
+    made = planned(1, 1, Devices("rocm", 16, (Card("0", "card"), Card("1", "card"))))
+    [generator] = made.of(ProcessRole.GENERATOR)
+    assert generator.env["HIP_VISIBLE_DEVICES"] == generator.env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "ROCR_VISIBLE_DEVICES" not in generator.env  # it stays the user's: ours count what it leaves
+    assert made.processes[1].env["DS_ACCELERATOR"] == "cuda"
+    [broker] = made.of(ProcessRole.BROKER)
+    assert broker.env["HIP_VISIBLE_DEVICES"] == broker.env["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_npu_chips_are_read_by_their_logic_id() -> None:
-    head = "NPU ID  Chip ID  Chip Logic ID  Chip Name\n"
-    table = head + " 0   0   0   Ascend 910B\n 0   1   -   Mcu\n 1   0   1   Ascend 910B\n"
-    assert [(card.index, card.name) for _, card in parse_npu(table)] == [("0", "Ascend 910B"), ("1", "Ascend 910B")]
+def test_on_ascend_the_cards_are_in_its_own_variable() -> None:
+    made = planned(1, 1, Devices("npu", 16, (Card("4", "910B"), Card("6", "910B"))))
+    assert [p.env["ASCEND_RT_VISIBLE_DEVICES"] for p in made.processes] == ["", "4", "6"]
+    assert made.processes[1].env["DS_ACCELERATOR"] == "npu"
+    assert "CUDA_DEVICE_ORDER" not in made.processes[1].env
+
+
+def test_cards_are_numbered_as_nvidia_smi_does() -> None:
+    assert planned(1, 1, gpus(2)).processes[1].env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

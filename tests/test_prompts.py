@@ -133,6 +133,21 @@ def test_a_prompt_is_the_question_in_the_models_template_with_system_and_suffix(
     assert (prompt.number, prompt.row) == (4, 4)
 
 
+def test_the_conversation_travels_where_a_reward_model_reads_it(model: Path, tmp_path: Path) -> None:
+    data = {"system": "Be brief.", "suffix": " Think.", "shuffle": False}
+    prompt = PromptSource(config_for(tmp_path, data), ChatTokenizer(model)).prompt(2)
+    assert isinstance(prompt, Prompt)
+    assert list(prompt.conversation) == []
+    judged = PromptSource(config_for(tmp_path, data, rewards={"model": {"path": "judge"}}), ChatTokenizer(model))
+    prompt = judged.prompt(2)
+    assert isinstance(prompt, Prompt)
+    assert list(prompt.conversation) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 2 + 1? Think."},
+    ]
+    assert judged.evaluation[0].conversation
+
+
 def test_a_system_message_too_long_for_a_files_name_is_a_text(model: Path, tmp_path: Path) -> None:
     tokenizer, text = ChatTokenizer(model), "Be brief. " * 70
     settings = {"system": text, "max_prompt_tokens": 2000}

@@ -38,6 +38,13 @@ def test_a_reference_that_cannot_be_read_is_no_reason_for_an_opinion() -> None:
     assert math_accuracy_swift(r"\boxed{1}", "a lot", unreadable=0.0) == 0.0
 
 
+def test_a_reference_that_nothing_can_be_compared_with_is_an_error_and_no_zero() -> None:
+    for accuracy in (math_accuracy, math_accuracy_swift):
+        with pytest.raises(ValueError, match="Can't evaluate nan or zoo"):
+            accuracy(r"\boxed{\text{a}}", "$1/0$")
+        assert accuracy(r"\boxed{1/0}", "$1$") == 0.0
+
+
 def test_behind_the_reasoning_only_what_follows_its_last_end_counts() -> None:
     assert math_accuracy_reasoning(r"<think>\boxed{2}</think> \boxed{1}", "1") == 1.0
     assert math_accuracy_reasoning(r"<think>\boxed{1}</think> then </think> \boxed{2}", "1") == 0.0

@@ -68,7 +68,7 @@ async def pool(
 
 async def values(pool: RewardPool, *completions: str) -> Sequence[float | None]:
     """What the brought function says."""
-    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"})).values[1]
+    return (await pool.score(completions, [[7]] * len(completions), {"answer": "#### 2"}, 0)).values[1]
 
 
 async def pid_of_worker(pool: RewardPool) -> int:
@@ -92,7 +92,7 @@ def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> No
     async def go() -> None:
         async with pool(tmp_path) as rewards:
             assert rewards.names == ["gsm8k", "evil:score"]
-            scored = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"})
+            scored = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"}, 0)
             assert scored.values == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
 
     asyncio.run(go())
@@ -225,7 +225,7 @@ from tests.test_reward_pool import pid_of_worker, pool
 async def main() -> None:
     async with pool(Path(sys.argv[1]), timeout_s=600.0) as rewards:
         print(await pid_of_worker(rewards), flush=True)
-        await rewards.score(["spin"], [[1]], {"answer": ""})
+        await rewards.score(["spin"], [[1]], {"answer": ""}, 0)
 
 asyncio.run(main())
 """
@@ -262,7 +262,7 @@ def test_a_replacement_that_cannot_be_loaded_is_an_error_of_that_call_and_tried_
 def test_numbers_beside_a_score_come_back_under_the_functions_name(tmp_path: Path) -> None:
     async def run() -> None:
         async with pool(tmp_path) as rewards:
-            scored = await rewards.score(["metrics", "ab"], [[1], [2]], {"answer": "#### 2"})
+            scored = await rewards.score(["metrics", "ab"], [[1], [2]], {"answer": "#### 2"}, 0)
             assert scored.values == [[0.0, 0.0], [1.0, 2.0]]
             assert scored.metrics == [{"evil:score/acc": 1.0}, {}]
 
@@ -277,8 +277,8 @@ def test_hostile_mathematics_costs_one_deadline_and_is_no_zero() -> None:
         await rewards.start()
         try:
             with pytest.raises(RewardFailed, match="math_accuracy gave no answer within 4 s"):
-                await rewards.score([r"\boxed{9^{9^{9^{9}}}}"], [[1]], {"answer": "1"})
-            rewards_after = await rewards.score([r"\boxed{1}"], [[1]], {"answer": "1"})
+                await rewards.score([r"\boxed{9^{9^{9^{9}}}}"], [[1]], {"answer": "1"}, 0)
+            rewards_after = await rewards.score([r"\boxed{1}"], [[1]], {"answer": "1"}, 0)
             assert rewards_after.values == [[1.0]]
         finally:
             await rewards.close()

@@ -74,8 +74,9 @@ def test_a_buffer_that_is_none_or_everything_is_refused(buffer: int) -> None:
         soft_overlong("", [7], max_tokens=100, buffer_tokens=buffer)
 
 
-def test_length_is_a_share() -> None:
-    assert length("", [7] * 25, max_tokens=100) == 0.25
+def test_length_is_whether_there_is_more_than_so_much_text() -> None:
+    assert [length("x" * size) for size in (1024, 1025)] == [0.0, 1.0]
+    assert length("abc", characters=2) == 1.0
 
 
 @pytest.mark.parametrize(

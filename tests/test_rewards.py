@@ -73,6 +73,11 @@ def test_a_reference_is_the_rows_answer_or_the_number_itself() -> None:
     assert reference("#### -7") == "-7"
 
 
+def test_a_reference_may_be_a_number_of_json() -> None:
+    assert [reference(number) for number in (72, 72.0, -7, 0.5, 1080)] == ["72", "72", "-7", "0.5", "1080"]
+    assert gsm8k("#### 1,080", 1080) == 1.0
+
+
 def load(tmp_path: Path, code: str, **arguments: Any) -> Any:
     (tmp_path / "mine.py").write_text(code)
     return resolve(f"{tmp_path / 'mine.py'}:score", 1.0, arguments, 100)
@@ -80,8 +85,11 @@ def load(tmp_path: Path, code: str, **arguments: Any) -> Any:
 
 def scores(reward: Any, completions: list[str], columns: dict[str, Any] | None = None) -> Any:
     """The values of completions of one token per character."""
-    opinions = reward.score(completions, [[ord(c) for c in text] for text in completions], columns or COLUMNS)
-    return [opinion.value for opinion in opinions]
+    return [opinion.value for opinion in opinions(reward, completions, columns)]
+
+
+def opinions(reward: Any, completions: list[str], columns: dict[str, Any] | None = None) -> Any:
+    return reward.score(completions, [[ord(c) for c in text] for text in completions], columns or COLUMNS, 5)
 
 
 COLUMNS = {"answer": "ab", "level": 3, "data_source": "somewhere", "extra_info": {"index": 1}}
@@ -298,6 +306,44 @@ def test_a_function_of_a_module_is_found_by_its_path(tmp_path: Path, monkeypatch
         resolve("rewards_of_ours.gone:score", 1.0, {}, 100)
 
 
+LOGGING = """
+def score(completions, trainer_state, log_metric, log_extra):
+    log_metric("seen", len(completions))
+    log_metric("seen", 4)
+    log_metric("odd", float("nan"))
+    log_extra("size", [len(c) for c in completions])
+    log_extra("text", completions)
+    return [trainer_state.global_step] * len(completions)
+"""
+IN_KEYWORDS = """
+def score(completions, **kwargs):
+    kwargs["log_metric"]("seen", 1)
+    return [kwargs["trainer_state"].global_step] * len(completions)
+"""
+
+
+def test_a_function_of_trl_logs_numbers_and_knows_the_version(tmp_path: Path) -> None:
+    seen = opinions(load(tmp_path, LOGGING), ["a", "abc"])
+    assert [opinion.value for opinion in seen] == [5.0, 5.0]
+    assert [opinion.metrics for opinion in seen] == [{"seen": 3.0, "size": 1.0}, {"seen": 3.0, "size": 3.0}]
+
+
+def test_a_function_of_trl_finds_them_among_its_keywords_too(tmp_path: Path) -> None:
+    (seen,) = opinions(load(tmp_path, IN_KEYWORDS), ["a"])
+    assert seen == (5.0, {"seen": 1.0})
+
+
+def test_what_no_trainer_state_can_know_when_scoring_is_an_error(tmp_path: Path) -> None:
+    code = "def score(completions, trainer_state): return [trainer_state.max_steps]"
+    with pytest.raises(
+        AttributeError, match=r"expected trainer_state\.global_step, all that is known .*, got \.max_st"
+    ):
+        scores(load(tmp_path, code), ["a"])
+    code = "def score(completions, log_extra): log_extra('x', [1, 2]); return [0]"
+    with pytest.raises(ValueError, match=r"expected one value for each of 1 completions in log_extra\('x'\), got 2"):
+        scores(load(tmp_path, code), ["a"])
+
+
 def test_the_page_has_a_row_for_every_built_in_function_and_for_no_other() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text()
     assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == BUILT_IN
@@ -315,4 +361,6 @@ def test_arguments_of_a_built_in_function_are_checked_before_it_is_called() -> N
         resolve("soft_overlong", 1.0, {}, 100)
     with pytest.raises(ConfigError, match="expected gsm8k to have args of format_score, got fromat_score; set args"):
         resolve("gsm8k", 1.0, {"fromat_score": 0.1}, 100)
-    resolve("length", 1.0, {"max_tokens": 50}, 100)
+    with pytest.raises(ConfigError, match="expected length to have args of characters, got max_tokens; set args"):
+        resolve("length", 1.0, {"max_tokens": 50}, 100)
+    resolve("cosine", 1.0, {"max_tokens": 50}, 100)

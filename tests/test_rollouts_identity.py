@@ -78,7 +78,7 @@ def test_the_flag_names_a_rollout() -> None:
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"rewards": {"functions": []}}, "at least one reward function is needed, got none"),
+        ({"rewards": {"functions": []}}, "at least one reward is needed, got none"),
         ({"rollout": {"weight": 0.5}}, r"a single turn gives no reward of its own to weigh, got rollout\.weight 0\.5"),
     ],
 )

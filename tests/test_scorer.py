@@ -47,10 +47,10 @@ def test_a_reward_is_the_weighted_sum_of_those_that_have_an_opinion(tmp_path: Pa
         tmp_path / "run",
         {"use": "mine.py:compute_score", "weight": 2.0},
         {"use": "mine.py:silent", "weight": 100.0},
-        {"use": "length", "weight": -1.0},
+        {"use": "length", "weight": -0.25, "args": {"characters": 4}},
     )
     assert made.error == ""
-    assert made.rewards == {"mine:compute_score": 1.0, "mine:silent": None, "length": 0.25}
+    assert made.rewards == {"mine:compute_score": 1.0, "mine:silent": None, "length": 1.0}
     assert made.reward == 1.75
     assert made.metrics == {"mine:compute_score/words": 2.0}
 

@@ -41,7 +41,10 @@ def test_other_settings_are_refused_with_both_digests(tmp_path: Path) -> None:
 
 def test_other_reward_code_is_refused(tmp_path: Path) -> None:
     generator = Peer(BrokerAlone(tmp_path), Role.GENERATOR, "far")
-    said = "rewards: far would score with other reward code than the run; give it the same files with --reward"
+    said = (
+        "rewards: far would score with other reward code than the run, or another reward model; give it the same files "
+        "with --reward and --reward-model"
+    )
     assert generator.refused_hello(reward_digest="") == said
     assert generator.refused_hello(reward_digest="f" * 32) == said
 

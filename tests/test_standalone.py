@@ -241,7 +241,10 @@ def test_a_key_of_another_role_is_refused(waiting_run: Path) -> None:
 def test_reward_code_that_the_run_does_not_use_is_refused(waiting_run: Path) -> None:
     code, said = outcome(waiting_run, *arguments(waiting_run, reward=""))
     assert code == Exit.REFUSED
-    assert said.endswith("guest would score with other reward code than the run; give it the same files with --reward")
+    assert said.endswith(
+        "guest would score with other reward code than the run, or another reward model; "
+        "give it the same files with --reward and --reward-model"
+    )
 
 
 def test_reward_code_that_is_not_there_is_named(waiting_run: Path) -> None:

@@ -118,5 +118,6 @@ def test_the_sft_tool_says_what_is_wrong_with_a_row(model: str, tmp_path: Path) 
     data.write_text('{"question": "w1", "answer": "w2"}\n{"question": "w1"}\n')
     result = run_sft("--model", model, "--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu")
     assert result.returncode == 2
-    assert f"{data}:2: a row needs a prompt (prompt, question or messages) and an answer" in result.stderr
+    assert f"row 1 of {data} has only the columns question; add it" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("sft: the rows could not be read; the words of tools/examples.py")
     assert "Traceback" not in result.stderr

@@ -1,19 +1,20 @@
 """Supervised fine-tuning: `python tools/sft.py --model M --data rows.jsonl --out FOLDER [--steps N] [--lr R]`.
 
-The same code as a run's warm start (`learner/warmup.py`), by itself; several ranks under torchrun. A row of the data
-has a prompt (`prompt` or `question`: text, or `messages`: a chat) and an answer (`answer`, `completion` or `response`).
-FOLDER becomes a model folder.
+The same code as a run's warm start (`learner/warmup.py`), by itself; several ranks under torchrun. The rows are read as
+a run reads its own, by `tools/examples.py`. FOLDER becomes a model folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import math
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,31 +22,38 @@ if __package__ in (None, ""):
 
     use_own_python()
 
+from protocol.accelerators import CPU, DEVICES, ORDER, import_torch_plugin
 from protocol.config import Config
-from protocol.errors import ConfigError, TetherError
-from protocol.examples import Example
+from protocol.errors import ConfigError, PreflightError, TetherError
+from protocol.examples import Example, read_examples
 from protocol.sections import WarmupConfig
 
 if TYPE_CHECKING:
     from learner.warmup import WarmupStep
 
-PROMPT_COLUMNS = ("prompt", "question", "messages")
-ANSWER_COLUMNS = ("answer", "completion", "response")
+READ_S = 3600.0  # a dataset may have to be fetched
+READING = ("model", "data", "prompt-column", "answer-column", "system", "suffix")
+"""Flags that are handed on to tools/examples.py."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hugging Face name of a causal language model")
-    parser.add_argument("--data", type=Path, required=True, help="a .jsonl file, or a folder of them")
+    parser.add_argument("--data", required=True, help="rows as --dataset has them: files, folders, Hugging Face names")
+    parser.add_argument("--prompt-column", default="", help="default: recognised by name; COLUMN.FIELD is inside one")
+    parser.add_argument("--answer-column", default="", help="likewise; of chats it is the last answer")
+    parser.add_argument("--system", default="", help="system message before every prompt: text or a text file")
+    parser.add_argument("--suffix", default="", help="text behind every plain question")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: one pass over the rows")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: as --epochs says")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows")
     parser.add_argument(
         "--lr", type=float, default=WarmupConfig().learning_rate, help="peak learning rate; it falls to 0"
     )
     parser.add_argument("--batch", type=int, default=WarmupConfig().batch_size, help="rows of one step")
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="DeepSpeed's ZeRO stage")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    parser.add_argument("--device", default="auto", choices=("auto", *DEVICES))
     try:
         train(parser.parse_args(argv))
     except TetherError as error:
@@ -56,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Raises ConfigError if model, data or output folder cannot be used."""
-    rows = list(read_rows(args.data))
     if args.out.exists() and any(args.out.iterdir()):
         raise ConfigError(f"{args.out} is not empty; set --out to a new folder")
+    examples = tokenised(args, is_first=os.environ.get("RANK", "0") == "0")
     device = found_device() if args.device == "auto" else args.device
 
     from learner.ranks import Ranks, environment
@@ -69,8 +77,7 @@ def train(args: argparse.Namespace) -> None:
     from learner.warmup import warm_up
 
     ranks = Ranks.open(os.environ, device)
-    examples = tokenised(rows, args.model)
-    steps = args.steps or -(-len(examples) // args.batch)
+    steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)
     config = Config.model_validate({"learner": {"zero": args.zero}})
     settings = WarmupConfig(steps=steps, learning_rate=args.lr, batch_size=args.batch)
     policy = Policy.open(config, args.model, ranks)
@@ -88,60 +95,32 @@ def train(args: argparse.Namespace) -> None:
     ranks.close()
 
 
-def read_rows(data: Path) -> Iterator[tuple[str | list[Any], str]]:
-    """(prompt, answer) of every row. Raises ConfigError naming file and line if one lacks either."""
-    files = sorted(data.glob("*.jsonl")) if data.is_dir() else [data]
-    if not files or not all(file.is_file() for file in files):
-        raise ConfigError(f"expected a .jsonl file or a folder with some, got {data}; set --data")
-    number = 0
-    for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{file}:{number}: not JSON: {error}") from error
-            prompt = next((row[name] for name in PROMPT_COLUMNS if name in row), None)
-            answer = next((row[name] for name in ANSWER_COLUMNS if name in row), None)
-            if not isinstance(prompt, str | list) or not prompt or not isinstance(answer, str):
-                raise ConfigError(
-                    f"{file}:{number}: a row needs a prompt (prompt, question or messages) and an answer (answer, "
-                    f"completion or response), got {sorted(row)}"
-                )
-            yield prompt, answer
-    if not number:
-        raise ConfigError(f"{data} has no rows; set --data")
-
-
-def tokenised(rows: list[tuple[str | list[Any], str]], model: str) -> list[Example]:
-    """Prompts through the chat template where there is one; answers with the end-of-sequence token."""
-    import numpy as np
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {model} has no end-of-sequence token; set --model")
-    examples = []
-    for prompt, answer in rows:
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        elif isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        else:
-            raise ConfigError(f"{model} has no chat template, so prompts must be text; set --data")
-        if not len(ids):
-            raise ConfigError(f"a prompt must have at least one token, got none from {prompt!r}; set --data")
-        reply = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        examples.append(Example(np.array(ids, dtype=np.int32), np.array(reply, dtype=np.int32)))
-    return examples
+def tokenised(args: argparse.Namespace, *, is_first: bool) -> list[Example]:
+    """Every rank reads for itself, in a process that knows nothing of learners. Raises ConfigError if it could not."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "examples.npz"
+        given = {name: getattr(args, name.replace("-", "_")) for name in READING}
+        words = [f"--{name}={value}" for name, value in given.items() if value]
+        command = [sys.executable, str(Path(__file__).with_name("examples.py")), *words, f"--out={file}"]
+        heard = None if is_first else subprocess.DEVNULL  # which rows these are is said once
+        try:
+            ended = subprocess.run(command, stdout=heard, timeout=READ_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"reading {args.data} was not done within {READ_S:.0f} s; fetch it to a folder") from None
+        if ended.returncode:
+            raise ConfigError("the rows could not be read; the words of tools/examples.py stand above")
+        return read_examples(file)
 
 
 def found_device() -> str:
     import torch
 
-    return next(
-        (name for name in ("cuda", "npu") if hasattr(torch, name) and getattr(torch, name).is_available()), "cpu"
-    )
+    for accelerator in ORDER:
+        with contextlib.suppress(PreflightError):  # the package that makes it known to torch is not here
+            import_torch_plugin(accelerator.device)
+            if torch.get_device_module(accelerator.device).is_available():
+                return accelerator.device
+    return CPU.device
 
 
 if __name__ == "__main__":

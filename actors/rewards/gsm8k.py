@@ -13,7 +13,7 @@ _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _NUMBER = re.compile(r"(\-?[0-9\.\,]+)")
 
 
-def gsm8k(completion: str, answer: str, format_score: float = 0.0) -> float:
+def gsm8k(completion: str, answer: str | float, format_score: float = 0.0) -> float:
     """1 for the reference number after `#### `, `format_score` for another number there, 0 for none."""
     found = _STRICT.findall(completion[-LOOKED_AT_CHARACTERS:])
     if not found:
@@ -21,7 +21,7 @@ def gsm8k(completion: str, answer: str, format_score: float = 0.0) -> float:
     return 1.0 if _clean(found[-1]) == reference(answer) else format_score
 
 
-def gsm8k_flexible(completion: str, answer: str, format_score: float = 0.0) -> float:
+def gsm8k_flexible(completion: str, answer: str | float, format_score: float = 0.0) -> float:
     """As `gsm8k`, for the last number of the text, wherever it stands; its commas and dots are kept, as in verl."""
     found = _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:])
     if not found:
@@ -30,8 +30,13 @@ def gsm8k_flexible(completion: str, answer: str, format_score: float = 0.0) -> f
     return 1.0 if last == reference(answer) else format_score
 
 
-def reference(answer: str) -> str:
-    """The number of a reference: after `#### ` where there is one, else the whole text. Commas are dropped."""
+def reference(answer: str | float) -> str:
+    """The number of a reference: after `#### ` where there is one, else the whole text. Commas are dropped.
+
+    A number is taken as it is, a whole one without its point: 72 and 72.0 are "72".
+    """
+    if isinstance(answer, int | float):
+        return f"{answer:.0f}" if answer == int(answer) else str(answer)
     found = _STRICT.search(answer)
     return (found.group(1) if found else answer.strip()).replace(",", "")
 

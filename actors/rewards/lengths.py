@@ -1,4 +1,4 @@
-"""Rewards of nothing but the completion's length in tokens.
+"""Rewards of nothing but the completion's length: in tokens, but for `length`.
 
 Runs in a reward worker. max_tokens is the run's sampling.max_tokens unless the function's arguments say otherwise.
 `algorithm.overlong: punish` is soft_overlong without a reward function, done by the broker.
@@ -28,6 +28,6 @@ def soft_overlong_swift(completion: str, completion_ids: Sequence[int], max_toke
     return min(-too_many / buffer_tokens, 0.0)
 
 
-def length(completion: str, completion_ids: Sequence[int], max_tokens: int) -> float:
-    """The share of max_tokens that was used; a negative weight asks for short completions."""
-    return len(completion_ids) / max_tokens
+def length(completion: str, characters: int = 1024) -> float:
+    """1 for a text of more than so many characters, else 0 (the length reward of ms-swift's GRPO tutorial)."""
+    return float(len(completion) > characters)

@@ -2,7 +2,8 @@
 
 Runs in a reward worker. The one file that imports math_verify. Its timeouts are off: they are signals, which only a
 main thread may set and which a computation inside C code never sees. A string that takes for ever is ended by the
-worker's deadline instead, and is an error by name.
+worker's deadline instead, and is an error by name. So is what escapes from it (a reference of 1/0, which nothing can
+be compared with): it would give False. A step inside it that fails is one way less of finding two answers equal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def math_accuracy(completion: str, answer: Any) -> float | None:
 
     None, no opinion, where the reference itself cannot be read.
     """
-    gold = parse(_reference(answer), parsing_timeout=None)
+    gold = _parse(_reference(answer))
     return _is_equal(gold, _latex(completion)) if gold else None
 
 
@@ -46,13 +47,13 @@ def math_accuracy_swift(completion: str, answer: Any, unreadable: float | None =
     """
     text = _reference(answer)
     tagged = _ANSWER.search(text)
-    gold = parse(tagged.group(1).strip() if tagged else text, extraction_mode="first_match", parsing_timeout=None)
+    gold = _parse(tagged.group(1).strip() if tagged else text, extraction_mode="first_match")
     if not gold:
         return unreadable
     answered = _ANSWER.search(completion)
     if answered is None:
         return _is_equal(gold, _latex(completion))
-    return _is_equal(gold, parse(answered.group(1).strip(), extraction_mode="first_match", parsing_timeout=None))
+    return _is_equal(gold, _parse(answered.group(1).strip(), extraction_mode="first_match"))
 
 
 def _reference(answer: Any) -> str:
@@ -61,8 +62,12 @@ def _reference(answer: Any) -> str:
 
 
 def _latex(text: str) -> Any:
-    return parse(text, extraction_config=[_LATEX], extraction_mode="first_match", parsing_timeout=None)
+    return _parse(text, extraction_config=[_LATEX], extraction_mode="first_match")
+
+
+def _parse(text: str, **how: Any) -> Any:
+    return parse(text, parsing_timeout=None, raise_on_error=True, **how)
 
 
 def _is_equal(gold: Any, found: Any) -> float:
-    return float(verify(gold, found, timeout_seconds=None))
+    return float(verify(gold, found, timeout_seconds=None, raise_on_error=True))

@@ -1,46 +1,24 @@
 """Reward workers under deadlines: what reward code does can cost one call, never a run, and never becomes a zero.
 
-Runs in the generator process. Workers are long-lived, in sessions of their own, with an explicit environment; one
-that does not answer in time, or starts too many processes, is killed with everything it started, and replaced. That a
-failure is an error with a reason rests on `score`: it either returns what the functions said or raises RewardFailed.
-
-Processes are counted here and not limited by the kernel: RLIMIT_NPROC counts all of a user's, and does not bind root.
-Code that forks faster than it is counted is ended all the same: a signal to a group reaches every member or new child.
-Only what leaves both session and ancestry (a daemon that forks twice) is out of reach.
+Runs in the generator process. Workers are long-lived, with an explicit environment; one that does not answer in time,
+or starts too many processes, is killed with everything it started, and replaced. That a failure is an error with a
+reason rests on `score`: it either returns what the functions said or raises RewardFailed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
-import signal
-import struct
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import msgpack
-
-from protocol.errors import ConfigError, TetherError
+from actors.rewards.process import RewardFailed, WorkerProcess
+from protocol.errors import ConfigError
 from protocol.fields import MAX_METRICS, MAX_NAME
 from protocol.sections import RewardsConfig
 
-log = logging.getLogger("tether.rewards")
-
 START_S = 30.0
-REPOSITORY = Path(__file__).resolve().parents[2]
-MAX_ANSWER_BYTES = 16 << 20
-MAX_PROCESSES = 64  # that one worker's code may have at a time
-COUNT_EVERY_S = 0.2
-
-
-class RewardFailed(TetherError):
-    """A reward function raised, hung or ended its process. Names the function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,87 +29,15 @@ class Scored:
     metrics: list[dict[str, float]]  # [completions], by FUNCTION/KEY
 
 
-class _Worker:
-    """One process and its pipe."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.calling = ""
-
-    @classmethod
-    async def start(cls) -> _Worker:
-        environment = {
-            "PATH": os.environ.get("PATH", ""),
-            "HOME": os.environ.get("HOME", "/"),
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
-            "LANG": "C.UTF-8",
-        }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "actors.rewards.worker",
-            env=environment,
-            start_new_session=True,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        return cls(process)
-
-    async def ask(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The worker's answer. Raises RewardFailed if it ends instead."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        body = msgpack.packb(dict(call))
-        try:
-            self._process.stdin.write(struct.pack("<I", len(body)) + body)
-            await self._process.stdin.drain()
-            while True:
-                size = struct.unpack("<I", await self._process.stdout.readexactly(4))[0]
-                if size > MAX_ANSWER_BYTES:
-                    raise RewardFailed(f"{self.calling or 'a reward function'} answered with {size} bytes")
-                answer = dict(msgpack.unpackb(await self._process.stdout.readexactly(size)))
-                if "calling" not in answer:
-                    return answer
-                self.calling = answer["calling"]
-        except (asyncio.IncompleteReadError, ConnectionError):
-            code = await self._process.wait()
-            raise RewardFailed(f"{self.calling or 'a reward function'} ended its process (exit code {code})") from None
-
-    async def answer_within_bounds(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """As `ask`; raises RewardFailed also when its code starts too many processes meanwhile."""
-        asking = asyncio.create_task(self.ask(call))
-        try:
-            while True:
-                done, _ = await asyncio.wait({asking}, timeout=COUNT_EVERY_S)
-                if len(self._started(MAX_PROCESSES + 1)) > MAX_PROCESSES:
-                    raise RewardFailed(f"{self.calling} had more than {MAX_PROCESSES} processes at a time")
-                if done:
-                    return asking.result()
-        finally:
-            asking.cancel()
-
-    def _started(self, at_most: int) -> list[int]:
-        return list(islice(_descendants(self._process.pid), at_most))
-
-    async def kill(self) -> None:
-        """End it, everything in its session, and children of it that left the session."""
-        started = self._started(100 * MAX_PROCESSES)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for child in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        await self._process.wait()
-
-
 class RewardPool:
     """`start` it, `score` with it, `close` it."""
 
     def __init__(self, settings: RewardsConfig, max_tokens: int) -> None:
         self._settings, self._max_tokens = settings, max_tokens
-        self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: killed, to be started by the next call
-        self._workers: set[_Worker] = set()
+        self._idle: asyncio.Queue[WorkerProcess | None] = (
+            asyncio.Queue()
+        )  # None: killed, to be started by the next call
+        self._workers: set[WorkerProcess] = set()
         self.names: list[str] = []
 
     async def start(self) -> None:
@@ -140,12 +46,24 @@ class RewardPool:
             self._idle.put_nowait(await self._new_worker())
 
     async def score(
-        self, completions: Sequence[str], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
+        self,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Any],
+        version: int,
     ) -> Scored:
-        """What every function says of one prompt's completions. Raises RewardFailed if one does not."""
-        call = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        """What every function says of one prompt's completions. Raises RewardFailed if one does not.
+
+        version: of the policy that wrote them.
+        """
+        call = {
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "columns": columns,
+            "version": version,
+        }
         worker = await self._idle.get()
-        healthy: _Worker | None = None
+        healthy: WorkerProcess | None = None
         try:
             worker = worker or await self._new_worker()
             async with asyncio.timeout(self._settings.timeout_s):
@@ -171,13 +89,14 @@ class RewardPool:
             await worker.kill()
         self._workers.clear()
 
-    async def _discard(self, worker: _Worker) -> None:
+    async def _discard(self, worker: WorkerProcess) -> None:
         self._workers.discard(worker)
         await worker.kill()
 
-    async def _new_worker(self) -> _Worker:
+    async def _new_worker(self) -> WorkerProcess:
         """Raises ConfigError if the functions cannot be loaded."""
-        worker = await _Worker.start()
+        environment = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/")}
+        worker = await WorkerProcess.start("worker", environment)
         self._workers.add(worker)
         functions = [(function.use, function.weight, dict(function.args)) for function in self._settings.functions]
         try:
@@ -203,21 +122,3 @@ def _check_metrics(metrics: Mapping[str, float]) -> None:
             f"at most {MAX_METRICS} numbers beside the scores of a completion are expected, as FUNCTION/KEY of up to "
             f"{MAX_NAME} characters, got {len(metrics)}, one called {longest[:40]}; return fewer keys, or shorter ones"
         )
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    """Children, their children and so on, as the kernel lists them now."""
-    parents = [pid]
-    while parents:
-        children = _children(parents.pop())
-        yield from children
-        parents += children
-
-
-def _children(pid: int) -> list[int]:
-    """Of all its threads; none if it has ended."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
-    return found

@@ -60,9 +60,10 @@ def resolve(use: str, weight: float, arguments: Mapping[str, Any], max_tokens: i
 
 
 def _check_arguments(use: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    parameters = {name: each for name, each in inspect.signature(function).parameters.items() if name not in GIVEN}
+    taken = inspect.signature(function).parameters
+    parameters = {name: each for name, each in taken.items() if name not in GIVEN}
     missing = [name for name, each in parameters.items() if each.default is each.empty and name not in arguments]
-    unknown = [name for name in arguments if name not in parameters and name != "max_tokens"]
+    unknown = [name for name in arguments if name not in parameters and (name != "max_tokens" or name not in taken)]
     if missing or unknown:
         seen = f"{', '.join(missing)} is missing" if missing else f"got {', '.join(unknown)}"
         raise ConfigError(

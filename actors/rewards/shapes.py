@@ -8,8 +8,9 @@ Runs in a reward worker. Functions are told apart by their parameters, classes a
     (data_source, solution_str, ground_truth, extra_info)    verl's compute_score
 
 Each may be async. TRL's completions are chat messages where the row's prompt is, as there. A function gets those of its
-settings, of `completion_ids`, `max_tokens` and of the row's columns that it has parameters for, in this order. A value
-is a number, None (no opinion), or a dict with `score`, whose other numbers become metrics.
+settings, of `completion_ids`, `max_tokens` and of the row's columns that it has parameters for, in this order; in TRL's
+shape and ms-swift's also `log_metric`, `log_extra` and `trainer_state` (`logs.py`). A value is a number, None (no
+opinion), or a dict with `score`, whose other numbers become metrics.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from actors.rewards.logs import Logs, TrainerState
 from protocol.errors import ConfigError
 
 Columns = Mapping[str, Any]
@@ -36,9 +38,8 @@ class Opinion(NamedTuple):
 
 
 Opinions = list[Opinion]
-Score = Callable[
-    [Sequence[str], Tokens, Columns], Opinions
-]  # one prompt's completions, their tokens, its row's columns
+Score = Callable[[Sequence[str], Tokens, Columns, int], Opinions]
+"""One prompt's completions, their tokens, its row's columns, the policy version that wrote them."""
 
 _LOOP = asyncio.Runner()  # one for all calls: what an async function keeps between calls belongs to its loop
 
@@ -63,7 +64,7 @@ def shaped(brought: Callable[..., Any], arguments: Mapping[str, Any], max_tokens
 def per_completion(function: Callable[..., Any], arguments: Mapping[str, Any], max_tokens: int) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns, version: int) -> Opinions:
         row = wanted.of({**columns, "max_tokens": max_tokens}) | dict(arguments)
         own = [wanted.of({"completion_ids": tokens}) for tokens in completion_ids]
         pairs = zip(completions, own, strict=True)
@@ -75,18 +76,21 @@ def per_completion(function: Callable[..., Any], arguments: Mapping[str, Any], m
 def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any], max_tokens: int, *, as_chat: bool) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns, version: int) -> Opinions:
         named = {"prompts" if name == "prompt" else name: value for name, value in columns.items()}  # as TRL names it
         lists = {name: [value] * len(completions) for name, value in named.items()}
         tokens = [list(each) for each in completion_ids]
         lists |= {"completion_ids": tokens, "response_token_ids": tokens}  # TRL's name and ms-swift's
         is_chat = as_chat and isinstance(columns.get("prompt"), list)
         given = [[{"role": "assistant", "content": text}] if is_chat else text for text in completions]
-        about = wanted.of({**lists, "max_tokens": max_tokens}) | dict(arguments)
+        logs = Logs(len(completions))
+        log = {"log_metric": logs.log_metric, "log_extra": logs.log_extra, "trainer_state": TrainerState(version)}
+        about = wanted.of({**lists, "max_tokens": max_tokens, **log}) | dict(arguments)
         (values,) = _finished([function(**about | {"completions": given})])
         if len(values) != len(completions):
             raise ValueError(f"{len(completions)} completions were given, {len(values)} scores came back")
-        return [opinion_of(value) for value in values]
+        pairs = zip(map(opinion_of, values), logs.of_completions(), strict=True)
+        return [Opinion(opinion.value, _finite(logged | opinion.metrics)) for opinion, logged in pairs]
 
     return score
 
@@ -94,7 +98,7 @@ def _per_group(function: Callable[..., Any], arguments: Mapping[str, Any], max_t
 def _verl(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Score:
     wanted = _Parameters(function)
 
-    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns) -> Opinions:
+    def score(completions: Sequence[str], completion_ids: Tokens, columns: Columns, version: int) -> Opinions:
         known = {
             "data_source": columns.get("data_source", ""),
             "ground_truth": columns.get("ground_truth", columns.get("answer")),
@@ -157,4 +161,8 @@ def opinion_of(returned: Any) -> Opinion:
         beside = {str(key): float(each) for key, each in returned.items() if key != "score" and isinstance(each, Real)}
     if value is not None and not math.isfinite(value := float(value)):
         raise ValueError(f"expected a finite number, got {value}")
-    return Opinion(value, {key: number for key, number in beside.items() if math.isfinite(number)})
+    return Opinion(value, _finite(beside))
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {key: number for key, number in numbers.items() if math.isfinite(number)}

@@ -46,9 +46,10 @@ def xml_int(completion: str) -> float:
     return 0.5 if _extracted(completion).isdigit() else 0.0
 
 
-def xml_correctness(completion: str, answer: str) -> float:
+def xml_correctness(completion: str, answer: str | float) -> float:
     """2 for the reference's text, what follows its #### where it has one."""
-    reference = answer.split("####")[1] if "####" in answer else answer
+    text = str(answer)
+    reference = text.split("####")[1] if "####" in text else text
     return 2.0 if _extracted(completion) == reference.strip() else 0.0
 
 
