@@ -71,7 +71,7 @@ OTHER_UNITS = {
     *("micro_batch_size_per_gpu", "prompt_key", "response_key"),
 }
 """Flags whose values are not those of the settings that do the same here."""
-OWN = {"demo", "gsm8k", "gsm8k_tiny_cpu"}
+OWN = {"demo", "demo_calculator", "gsm8k", "gsm8k_tiny_cpu"}
 """Recipes that reproduce nobody's."""
 
 
