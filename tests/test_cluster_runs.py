@@ -124,7 +124,9 @@ def test_a_finished_run_leaves_every_file_and_says_what_came_of_it(finished: Fin
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.stem for path in (run_dir / "logs").iterdir()} == {"broker", "learner-0", "generator-0"}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step_{NUM_STEPS}", f"step_{NUM_STEPS - 2}"}
-    assert {row["version"] for row in lines_of(run_dir / "evaluations.jsonl")} == {0, 7, 14}
+    before, middle, last = sorted(row["version"] for row in lines_of(run_dir / "evaluations.jsonl"))
+    assert (before, last) == (0, 14)
+    assert 7 <= middle < 14, "later than 7 where its generator was too slow to hold that version"
     samples = [lines_of(path) for path in sorted((run_dir / "samples").iterdir())]
     assert [{sample["step"] for sample in step} for step in samples] == [{step} for step in range(NUM_STEPS)]
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in finished.said

@@ -103,7 +103,9 @@ def test_strict_and_lenient_scores_of_each_source_stand_side_by_side(evaluated: 
 
 def test_evaluations_are_curves_of_their_version(evaluated: Evaluated) -> None:
     rows = [row for row in lines_of(evaluated.run_dir / "metrics.jsonl") if "eval/accuracy" in row]
-    assert [row["step"] for row in rows] == [2, 3], "not before training, as it was asked for"
+    steps = [row["step"] for row in rows]
+    assert steps[-1] == STEPS
+    assert steps[0] >= 2, "not before training, as it was asked for"
     board = EventAccumulator(str(evaluated.run_dir / "tensorboard"))
     board.Reload()
     for name in ("eval/accuracy", "eval/error_frac", "eval/reward:lenient", "eval/b.jsonl/reward:strict/pass@4"):
