@@ -184,10 +184,12 @@ class Generator:
             log.warning("result %s of prompt %d was refused: %s", sample, lease.prompt.number, verdict.reason)
 
     async def _scored(self, lease: Lease, sample: int, epoch: int, episode: Episode) -> Result:
-        score = await self._scorer.score(lease.prompt, episode)
+        score = await self._scorer.score(lease.prompt, episode, evaluating=lease.kind is LeaseKind.EVALUATE)
         if score.error:
             return error_result(lease, sample, epoch, f"reward failed: {score.error}")
-        return result(lease, sample, epoch, episode.completion, score.reward, score.rewards, score.metrics)
+        return result(
+            lease, sample, epoch, episode.completion, score.reward, score.rewards, score.metrics, score.answers
+        )
 
     # --- Weights
 

@@ -23,6 +23,7 @@ def result(
     reward: float,
     rewards: Mapping[str, float | None],
     metrics: Mapping[str, float],
+    answers: Mapping[str, str],
 ) -> Result:
     observed = completion.observed
     return Result(
@@ -39,6 +40,7 @@ def result(
         behavior_logprobs=completion.behavior_logprobs,
         observed=_NONE_OBSERVED if observed is None else observed,
         metrics=dict(metrics),
+        answers=dict(answers),
     )
 
 

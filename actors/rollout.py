@@ -39,7 +39,7 @@ class RolloutFailed(TetherError):
 
 
 def sampling_for(lease: Lease, sample: int, config: Config) -> SamplingParams:
-    """How a sample of this lease is drawn: greedily in an evaluation, and behind the G samples that are trained."""
+    """How a sample of this lease is drawn; greedily behind the G samples that are trained."""
     if lease.kind is LeaseKind.EVALUATE:
         return config.evaluation_params()
     params = config.sampling.params()

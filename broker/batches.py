@@ -21,7 +21,7 @@ from protocol.types import Trajectory
 class ScheduleSettings:
     prompts_per_step: int  # P, at least 1
     group_size: int  # completions of one lease, at least 1
-    steps: int  # T, at least 1
+    steps: int  # T; 0: the model is only evaluated
     max_staleness: int = 2  # S, at least 0
     num_prompts: int | None = None  # length of the prompt stream; None: it has no end
     at_bound: AtBound = AtBound.WAIT

@@ -69,6 +69,9 @@ def _bad_reward(result: Result, names: Collection[str]) -> str:
     strange = [name for name in result.metrics if name.partition("/")[0] not in names or "/" not in name]
     if strange:
         return f"a metric called {strange[0]}, expected FUNCTION/KEY of {', '.join(names)}"
+    foreign = [name for name in result.answers if name not in names]
+    if foreign:
+        return f"an answer found by {foreign[0]}, the run has {', '.join(names)}"
     values = [result.reward, *(value for value in result.rewards.values() if value is not None)]
     bad = [value for value in values if not abs(value) <= MAX_REWARD]
     return f"a reward of {bad[0]}, -{MAX_REWARD:g} to {MAX_REWARD:g} are allowed" if bad else ""
@@ -94,4 +97,5 @@ def trajectory(result: Result) -> Trajectory:
         dict(result.rewards),
         result.error,
         dict(result.metrics),
+        dict(result.answers),
     )

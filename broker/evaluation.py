@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from broker.leases import Generator, Grant, LeaseTable, OpenLease
 from protocol.types import LeaseKind, Trajectory
@@ -19,6 +20,10 @@ from protocol.types import LeaseKind, Trajectory
 class EvaluationResult:
     version: int
     trajectories: tuple[Trajectory, ...]  # by prompt, then sample; failed ones say why
+
+    @property
+    def by_prompt(self) -> list[tuple[Trajectory, ...]]:
+        return [tuple(found) for _, found in groupby(self.trajectories, key=lambda one: one.prompt)]
 
 
 class Evaluation:

@@ -15,11 +15,11 @@ import numpy as np
 from broker.checks import invalid_reason, trajectory
 from broker.leases import Grant, Refusal
 from broker.leases import Wait as NoLease
-from broker.metrics import evaluation_summary
 from broker.outcome import Later
 from broker.overlong import punished
 from broker.peers import Peer
 from broker.prompts import Unusable
+from broker.report import evaluation_summary, write_completions
 from broker.run_state import RunState
 from broker.scheduler import Scheduler
 from protocol.errors import ProtocolError, SnapshotError
@@ -169,7 +169,7 @@ class GeneratorDesk:
             max_tokens=sampling.max_tokens,
             vocab_size=run.vocab_size,
             versions=range(lease.grant.version, scheduler.version + 1),
-            reward_names=names_in_results(config),
+            reward_names=names_in_results(config, evaluating=evaluating),
         )
         answer = trajectory(message)
         if config.algorithm.overlong == "punish" and not evaluating:
@@ -237,4 +237,5 @@ class GeneratorDesk:
         answered = scheduler.take_evaluation()
         if answered is not None:
             self._run.evaluations.append(evaluation_summary(self._run, answered, now))
+            write_completions(self._run, answered)
             self._run.changed = True

@@ -106,7 +106,7 @@ class LearnerDesk:
         if run.evaluation_wanted or (scheduler.trained_out and not scheduler.done):
             run.evaluation_wanted = False
             if scheduler.evaluated_version != scheduler.version:
-                scheduler.evaluate(range(len(run.source.evaluation)), samples=1)
+                scheduler.evaluate(range(len(run.source.evaluation)), samples=run.config.evaluation.samples)
                 run.evaluation_started_at = now
                 run.changed = True
 

@@ -1,4 +1,4 @@
-"""The broker's curves: what it alone knows of a batch, of the ledger, of the generators and of an evaluation.
+"""The broker's curves: what it alone knows of a batch, of the ledger and of the generators.
 
 They travel to learner rank 0 with the batch; rank 0 is the one writer.
 """
@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from broker.batches import Batch
-from broker.evaluation import EvaluationResult
 from broker.peers import Peer
 from broker.run_state import RunState
 from protocol.fields import MAX_METRICS
-from protocol.messages import Evaluation, Role
+from protocol.messages import Role
 from protocol.types import Trajectory
 
-NUM_SAMPLES = 8  # answers of an evaluation that are kept as text
 MAX_SINGLE = 64  # generators that have curves of their own: more are not read, and thousands would not fit the message
 SHOWN = ("running", "waiting", "kv_usage", "generated_tokens", "apply_s", "pause_s")  # of what generators report
-FULL_MARK = 1.0  # a prompt counts as solved when its first reward function gives this or more
 
 
 def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
@@ -31,7 +27,7 @@ def batch_numbers(run: RunState, batch: Batch, now: float) -> dict[str, float]:
     ages = [scheduler.version - lease.grant.version for lease in scheduler.leases.open.values()]
     numbers = {f"ledger/{name}": float(count) for name, count in scheduler.ledger.counts().items()}
     trajectories = [trajectory for group in batch.groups for trajectory in group.trajectories]
-    numbers |= _reward_means([each for each in trajectories if each.sample < run.config.batch.group_size])
+    numbers |= reward_means([each for each in trajectories if each.sample < run.config.batch.group_size])
     numbers |= {f"broker/results_{status}": float(count) for status, count in run.num_results.items()}
     numbers["staleness/in_flight"] = float(np.mean(ages)) if ages else 0.0
     numbers["broker/open_groups"] = float(len(scheduler.leases.open))
@@ -60,36 +56,7 @@ def _together(generators: Sequence[Peer]) -> dict[str, float]:
     return numbers
 
 
-def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> dict[str, Any]:
-    """What the learner logs of an evaluation: means over its prompts, and a few answers as text."""
-    answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
-    solved = sum((next(iter(trajectory.rewards.values()), None) or 0.0) >= FULL_MARK for trajectory in answered)
-    lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
-    summary = Evaluation(
-        version=result.version,
-        num_prompts=len(result.trajectories),
-        accuracy=solved / max(len(result.trajectories), 1),
-        rewards={name.removeprefix("reward/"): value for name, value in _reward_means(answered).items()},
-        length_mean=float(np.mean(lengths)) if lengths else 0.0,
-        errors=len(result.trajectories) - len(answered),
-        duration_s=now - run.evaluation_started_at,
-        samples=[_as_text(run, trajectory) for trajectory in answered[:NUM_SAMPLES]],
-    )
-    return summary.model_dump()
-
-
-def _as_text(run: RunState, trajectory: Trajectory) -> dict[str, Any]:
-    assert trajectory.completion is not None
-    prompt = run.source.evaluation[trajectory.prompt]
-    return {
-        "prompt": run.source.decode(prompt.tokens)[-2000:],
-        "completion": run.source.decode(trajectory.completion.tokens)[:4000],
-        "answer": str(prompt.columns.get("answer", ""))[:2000],
-        "reward": trajectory.reward,
-    }
-
-
-def _reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
+def reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
     """Mean of each function over the trajectories on which it had an opinion, and of what it returned beside that."""
     values: dict[str, list[float]] = defaultdict(list)
     metrics: dict[str, list[float]] = defaultdict(list)

@@ -22,7 +22,7 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
     folder = model_folder(config.model.path)
     tokenizer = ChatTokenizer(folder)
     source = PromptSource(config, tokenizer)
-    if config.algorithm.advantage == "gae":
+    if config.algorithm.advantage == "gae" and not config.run.evaluation_only:
         _check_critic_warmup(config, source.num_rows)
         _check_critic_reads(config, tokenizer)
     if config.warmup.steps and not (run_dir / WARMUP_FILE).exists():
@@ -35,7 +35,9 @@ def open_run(config: Config, run_dir: Path, host: str) -> RunState:
         source=source,
         files=_files(folder),
         vocab_size=_vocab_size(folder),
-        reward_digest=reward_digest([function.use for function in config.rewards.functions], config.rewards.model.path),
+        reward_digest=reward_digest(
+            [function.use for function in config.all_rewards.functions], config.rewards.model.path
+        ),
         rollout_digest=rollout_digest(config.rollout.use),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from broker.columns import columns_for_rewards, demonstration, messages_of
+from broker.held_out import in_turn, source_labels
 from broker.records import Record, load_records
 from broker.tokenizer import ChatTokenizer
 from protocol.codec import can_travel
@@ -47,18 +49,21 @@ class PromptSource:
 
     def __init__(self, config: Config, tokenizer: ChatTokenizer) -> None:
         self._settings, self._tokenizer, self._seed = config.data, tokenizer, config.run.seed
-        self._rewards = [function.use for function in config.rewards.functions]
         self._warmup_data = config.warmup.data
         self._sends_conversation = bool(config.rewards.model.path)
         self.notes: list[str] = []  # which rows the run reads, and which of their columns is what
-        self._records = self._load(config.data.train, self._rewards, "training")
+        rewards = [function.use for function in config.rewards.functions]
+        self._records = [] if config.run.evaluation_only else self._load(config.data.train, rewards, "training")
         if 0 < config.data.max_rows < len(self._records):
             self._records = self._records[: config.data.max_rows]
             self._note(f"training: the first {len(self._records)} of them, as data.max_rows says")
         self._system = _text_or_file(config.data.system)
         self._cached = lru_cache(CACHED_PROMPTS)(self._make)
         self._check_first_rows()
-        self.evaluation = self._held_out(config) if config.evaluation.every else []
+        self.evaluation: list[Prompt] = []
+        self.evaluation_sources: list[str] = []  # of each of them
+        if config.evaluates:
+            self._hold_out(config)
 
     @property
     def num_rows(self) -> int:
@@ -68,8 +73,8 @@ class PromptSource:
         """Position `number` of the stream."""
         return self._cached(number)
 
-    def decode(self, tokens: Tokens) -> str:
-        return self._tokenizer.decode(tokens)
+    def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
         """(prompt, answer) tokens of every row for the warm start that has a plain text answer and fits."""
@@ -82,9 +87,9 @@ class PromptSource:
 
     def _load(self, text: str, rewards: Sequence[str], use: str) -> list[Record]:
         sources = parse_sources(text)
-        records, notes = load_records(sources, self._settings, rewards, evaluation=False, seed=self._seed)
-        self._note(*(f"{use}: {note}" for note in notes))
-        return records
+        loaded = load_records(sources, self._settings, rewards, evaluation=False, seed=self._seed)
+        self._note(*(f"{use}: {note}" for note in loaded.notes))
+        return loaded.records
 
     def _note(self, *notes: str) -> None:
         self.notes += notes
@@ -121,8 +126,8 @@ class PromptSource:
     def _messages(self, record: Record) -> list[Mapping[str, Any]]:
         return messages_of(*record, self._system, self._settings.suffix)
 
-    def _held_out(self, config: Config) -> list[Prompt]:
-        """The first prompts that fit, numbered by their place here. A training file holds nothing out.
+    def _hold_out(self, config: Config) -> None:
+        """Take the first prompts of each source that fit, numbered by their place here. A training file holds none out.
 
         Which rows are drawn of a source does not depend on the run's seed, so that runs can be compared.
         """
@@ -130,29 +135,36 @@ class PromptSource:
         sources = parse_sources(source)
         if not config.data.eval:  # how many of the rows to train on says nothing about the others
             sources = [Source(name) for name, _ in sources if not Path(name).is_file()]
-        records, notes = load_records(sources, self._settings, self._rewards, evaluation=True, seed=0)
-        found: list[Prompt] = []
-        num_unusable = 0
-        for number, record in enumerate(records):
+        rewards = [function.use for function in config.all_rewards.functions]
+        records, notes, names = load_records(sources, self._settings, rewards, evaluation=True, seed=0)
+        labels = source_labels([record.row for record in records], names)
+        found, num_unusable = self.evaluation, 0
+        for number in in_turn(labels):
             if len(found) == config.evaluation.max_prompts:
                 break
-            prompt = self._prompt(len(found), number, record)
+            prompt = self._prompt(len(found), number, records[number])
             if isinstance(prompt, Prompt):
                 found.append(prompt)
+                self.evaluation_sources.append(labels[number])
             else:
                 num_unusable += 1
+        counts = Counter(self.evaluation_sources)
+        each = f" ({', '.join(f'{count} of {label}' for label, count in counts.items())})" if len(counts) > 1 else ""
         left_out = f"; {num_unusable} longer than {self._settings.max_prompt_tokens} tokens or too large, and left out"
         self._note(*(f"held out: {note}" for note in notes))
-        self._note(f"held out: {len(found)} prompts{left_out if num_unusable else ''}")
+        self._note(f"held out: {len(found)} prompts{each}{left_out if num_unusable else ''}")
         if not found:
+            every, only = config.evaluation.every, config.run.evaluation_only
+            why = "run.evaluation_only is set" if only else f"evaluation.every is {every}"
+            instead = "" if only else ", or --evaluation.every 0"
             raise ConfigError(
-                f"evaluation.every is {config.evaluation.every}, but there are no held-out rows that fit: "
-                f"{source} has no test split (a single file has none), or none with prompts up to "
-                f"{config.data.max_prompt_tokens} tokens; set data.eval, or --evaluation.every 0"
+                f"{why}, but there are no held-out rows that fit: {source} has no test split (a single file has none), "
+                f"or none with prompts up to {config.data.max_prompt_tokens} tokens; set data.eval{instead}"
             )
-        return found
 
     def _check_first_rows(self) -> None:
+        if not self._records:
+            return
         lengths = [len(self._tokenize(record)) for record in self._records[:LOOKED_AT]]
         if min(lengths) > self._settings.max_prompt_tokens:
             raise ConfigError(

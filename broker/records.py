@@ -25,17 +25,18 @@ class Record(NamedTuple):
 
 
 class Records(NamedTuple):
-    """All rows of a setting, and one sentence for each source: how many, and which column is what."""
+    """All rows of a setting, one sentence for each source (how many, and which column is what), each row's source."""
 
     records: list[Record]
     notes: list[str]
+    names: list[str]
 
 
 def load_records(
     sources: Sequence[Source], settings: DataConfig, rewards: Iterable[str], *, evaluation: bool, seed: int
 ) -> Records:
     """Raises ConfigError for a source that cannot be read, and for the first row that cannot be used."""
-    used, found, notes = list(rewards), list[Record](), list[str]()
+    used, found, notes, names = list(rewards), list[Record](), list[str](), list[str]()
     for source in sources:
         tables = [with_fields(table, settings) for table in read_tables(source.name, evaluation=evaluation)]
         if not tables:
@@ -45,9 +46,10 @@ def load_records(
         rows = [row for table in tables for row in table.rows]
         taken = range(len(rows)) if source.num_rows is None else sample(len(rows), source.num_rows, seed)
         found += [Record(rows[number], columns) for number in taken]
+        names += [source.name] * len(taken)
         of = "" if source.num_rows is None else f" of {len(rows)}"
         notes.append(f"{len(taken)}{of} rows from {source.name}: {columns}")
-    return Records(found, notes)
+    return Records(found, notes, names)
 
 
 def sample(num_rows: int, count: int, seed: int) -> list[int]:

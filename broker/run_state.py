@@ -107,7 +107,7 @@ class RunState:
             baseline_sample=config.batch.group_size if config.algorithm.advantage == "remax" else None,
             filter_equal_rewards=config.algorithm.filter_equal_groups,
             lease_ttl_s=config.watchdog.lease_ttl_s,
-            evaluate_at_end=config.evaluation.every > 0,
+            evaluate_at_end=config.evaluates,
         )
 
     @property

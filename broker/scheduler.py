@@ -307,7 +307,7 @@ class Scheduler:
     # --- Evaluation, and the end --------------------------------------------------------------------------------------
 
     def evaluate(self, numbers: Sequence[int], samples: int = 1) -> None:
-        """Has these prompts answered by the newest version. Only while there is no other evaluation."""
+        """Has each prompt answered so often by the newest version. Only while there is no other evaluation."""
         assert self.evaluation is None, f"version {self.evaluation.version} is being evaluated"
         self.evaluation = Evaluation(self.leases, numbers, samples, self.version)
 

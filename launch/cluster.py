@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     settings, run_dir, to_make, resumed = _start(command, environ)
-    check_rewards([function.use for function in settings.config.rewards.functions])
-    check_rollout(settings.config.rollout.use)
+    check_rewards([function.use for function in settings.config.all_rewards.functions])
     if settings.config.rewards.model.path:
         check_reward_model(settings.config.rewards.model)
+    check_rollout(settings.config.rollout.use)
     if settings.config.network.bind:
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
@@ -212,11 +212,14 @@ def _absolute(settings: Settings) -> Settings:
     for key, text in (("data.train", data.train), ("data.eval", data.eval), ("warmup.data", warmup.data)):
         if text and key in settings.values:
             values.append(settings.values[key]._replace(value=absolute_sources(text)))
-    if "rewards.functions" in settings.values:
-        functions = [function.model_dump() for function in settings.config.rewards.functions]
+    rewards = (("rewards.functions", settings.config.rewards.functions),)
+    for key, used in (*rewards, ("evaluation.rewards", settings.config.evaluation.rewards)):
+        if key not in settings.values:
+            continue
+        functions = [function.model_dump() for function in used]
         for function in functions:
             function["use"] = _absolute_code(function["use"])
-        values.append(settings.values["rewards.functions"]._replace(value=functions))
+        values.append(settings.values[key]._replace(value=functions))
     if "rollout.use" in settings.values:
         values.append(settings.values["rollout.use"]._replace(value=_absolute_code(settings.config.rollout.use)))
     return settings.override(values)

@@ -23,6 +23,7 @@ from launch.frames import evaluation_line, frame, stamp, step_line, waiting_line
 from launch.history import History
 from launch.picture import Picture
 from launch.supervisor import Seen
+from protocol.brought_code import shown_name
 from protocol.config import Config
 
 QUIET_S = 30.0
@@ -102,7 +103,7 @@ class Console:
             if (line := warmup_line(row, picture)) is not None:
                 self.tell(line)
         for row in picture.evaluations[self._printed_evaluations :]:
-            self.tell(evaluation_line(row))
+            self.tell(evaluation_line(row, [shown_name(use.use) for use in self._config.rewards_of_evaluation]))
         for row in picture.steps[self._printed_steps :]:
             self.tell(step_line(row, picture))
             self._last_step_at = time.monotonic()

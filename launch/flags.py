@@ -32,6 +32,7 @@ GROUPS = {
         "--rollout": ("rollout.use", "NAME|FILE.py:NAME|package.module:NAME"),
         "--reward": ("rewards.functions", "NAME|FILE.py:NAME|package.module:NAME[:WEIGHT]"),
         "--reward-model": ("rewards.model.path", "FOLDER[:WEIGHT]"),
+        "--eval-reward": ("evaluation.rewards", "NAME|FILE.py:NAME|package.module:NAME"),
     },
     "the algorithm": {
         "--max-staleness": ("staleness.max", "S"),
@@ -47,6 +48,9 @@ GROUPS = {
     },
 }
 """By topic: flag -> (setting, what stands for its value; "" for a switch)."""
+
+REWARDS = ("rewards.functions", "evaluation.rewards")
+"""Lists of functions: their flags may be repeated."""
 
 OWN = {
     "--recipe": "start from a recipe: a name in launch/recipes, or a YAML file",
@@ -75,7 +79,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
     values = []
     for flag, (key, metavar) in _short_flags():
         value = given[_attribute(flag)]
-        if key == "rewards.functions" and value:
+        if key in REWARDS and value:
             values.append(Value(key, [_reward(text) for text in value], flag))
         elif key == "rewards.model.path" and value:
             values += _reward_model(value, flag)
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(topic)
         for flag, (key, metavar) in flags.items():
             text = describe(key).replace("%", "%%")
-            if key == "rewards.functions":
+            if key in REWARDS:
                 group.add_argument(flag, action="append", default=[], metavar=metavar, help=f"{text} May be repeated.")
             elif metavar:
                 group.add_argument(flag, metavar=metavar, help=text)

@@ -28,6 +28,7 @@ from launch.picture import (
     seconds_per_step,
     steps_done,
 )
+from launch.scores import overall, percent
 
 ALWAYS_SHOWN = ("offered", "queued", "leased", "finished", "trained")
 """What may have become of a prompt; "filtered" and "failed" are shown when there are any."""
@@ -65,11 +66,22 @@ def step_line(row: Row, picture: Picture) -> str:
     return "  ".join([*parts, *([f"{pace:.2f} s/step  ETA {duration(left_s(picture, pace))}"] if pace else [])])
 
 
-def evaluation_line(row: Row) -> str:
-    asked = row["num_prompts"]
-    right = round(row["accuracy"] * asked)
+def evaluation_line(row: Row, beside: Sequence[str] = ()) -> str:
+    """`beside`: the functions that only evaluation uses."""
+    of_all = overall(row) or {"prompts": row["num_prompts"], "metrics": {}}
     failed = f"; {row['errors']} failed" if row.get("errors") else ""
-    return f"evaluation of version {row['version']}: accuracy {row['accuracy']:.1%} ({right} of {asked}{failed})"
+    version, accuracy, scored = row["version"], row["accuracy"], of_all["prompts"]
+    if accuracy is None:
+        return f"evaluation of version {version}: no completion was scored{failed}"
+    k = row.get("samples_per_prompt", 1)
+    counted = f"{round(accuracy * scored)} of {scored}" if k == 1 else f"mean@{k} of {scored} prompts"
+    parts = [f"accuracy {accuracy:.1%} ({counted}{failed})"]
+    metrics = of_all["metrics"]
+    parts += [f"{name} {percent(metrics[name])}" for name in (f"pass@{k}", f"maj@{k}") if k > 1 and name in metrics]
+    for name in beside:
+        value = (overall(row, name) or of_all)["metrics"].get(f"mean@{k}")
+        parts.append(f"{name} {'not scored' if value is None else percent(value)}")
+    return f"evaluation of version {version}: {', '.join(parts)}"
 
 
 def warmup_line(row: Row, picture: Picture) -> str | None:
@@ -127,8 +139,9 @@ def _curves(picture: Picture) -> list[str]:
     parts = [f"reward {rewards[-1]:.3f} {sparkline(rewards, 16)}"] if rewards else []
     if len(rewards) > RECENT_STEPS:
         parts[-1] += f" ({rewards[-1] - rewards[-1 - RECENT_STEPS]:+.3f}/{RECENT_STEPS})"
-    if picture.evaluations:
-        first, last = picture.evaluations[0], picture.evaluations[-1]
+    evaluations = [row for row in picture.evaluations if row["accuracy"] is not None]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
         parts.append(f"eval {last['accuracy']:.1%} @v{last['version']}")
         if last["version"] != first["version"]:
             parts[-1] += f" (was {first['accuracy']:.1%})"

@@ -59,10 +59,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="what the console calls it")
     parser.add_argument("--device", choices=DEVICES, help="where to compute; default: as the run does")
     parser.add_argument("--reward", action="append", default=[], metavar="CODE:NAME", help="reward code of the run")
+    parser.add_argument("--reward-model", default="", metavar="FOLDER", help="where the run's reward model lies here")
     parser.add_argument(
         "--rollout", default="", metavar="CODE:NAME", help="rollout of the run, where it is no built-in"
     )
-    parser.add_argument("--reward-model", default="", metavar="FOLDER", help="where the run's reward model lies here")
     args = parser.parse_args(argv)
     if args.connect and not args.key:
         parser.error("--connect needs --key FILE: copy RUN/keys/generator.key from the host of the run")
@@ -82,9 +82,9 @@ async def generate(args: argparse.Namespace) -> None:
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
-    uses = [function.use for function in own.rewards.functions] if own else args.reward
-    rollout_use = own.rollout.use if own else args.rollout
+    uses = [function.use for function in own.all_rewards.functions] if own else args.reward
     reward_model = own.rewards.model.path if own else args.reward_model
+    rollout_use = own.rollout.use if own else args.rollout
     scores_by, rolls_by = reward_digest(uses, reward_model), rollout_digest(rollout_use)
     incarnation = secrets.randbits(62)
     settings_digest = ""  # the run's, until there is an engine that was built by them
@@ -116,8 +116,7 @@ async def generate(args: argparse.Namespace) -> None:
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
         rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
-        rewards, trusted = with_files(config.rewards, uses, reward_model), config.model.trust_remote_code
-        scorer = Scorer(rewards, model, config.sampling.max_tokens, device, trusted, config.rollout.weight)
+        scorer = Scorer(config, with_files(config.all_rewards, uses, reward_model), model, device)
         await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
         engine = await _reported(building, session, config)  # imports the engine's libraries

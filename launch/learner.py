@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     try:
         config = settings.load(args.run_dir / "config.yaml")
+        if config.run.evaluation_only:
+            from learner.exhibit import evaluate
+
+            return int(Exit.DONE if evaluate(config, args.run_dir) else Exit.INTERRUPTED)
         from learner.ranks import environment
 
         for key, value in environment(config.run.device).items():

@@ -98,7 +98,7 @@ def plan(
     for rank in range(config.learner.ranks):
         env = everyone | nothing | _see(devices, learner_cards) | _rank(rank, config.learner.ranks, paths.master_port)
         env["DS_ACCELERATOR"] = devices.accelerator.device
-        device = f"{devices.kind} {learner_cards[rank].index}" if learner_cards else devices.kind
+        device = f"{devices.kind} {learner_cards[rank].index}" if learner_cards else "cpu"
         argv = start(ProcessRole.LEARNER, *(("--resume",) if resume else ()))
         processes.append(Process(f"learner-{rank}", ProcessRole.LEARNER, argv, env, device))
     for number, cards in enumerate(generator_cards):
@@ -119,6 +119,9 @@ def implied_settings(config: Config, devices: Devices, shape: ModelShape | None 
     values = []
     if config.run.device == "auto":
         values.append(Value("run.device", devices.accelerator.device, "found here"))
+    if config.run.evaluation_only:
+        alone = (("learner.ranks", 1), ("lora.rank", 0), ("warmup.steps", 0))
+        values += [Value(key, number, "because of run.evaluation_only") for key, number in alone]
     if not (config.run.share_gpu and devices.cards and config.generators.engine == "vllm"):
         return values
     share = config.vllm.get("gpu_memory_utilization")
@@ -134,7 +137,7 @@ def implied_settings(config: Config, devices: Devices, shape: ModelShape | None 
 
 def _place(config: Config, devices: Devices) -> tuple[Sequence[Card], Sequence[Sequence[Card]]]:
     """Cards of the learner (by rank), and of each generator; no cards on a CPU."""
-    ranks, generators = config.learner.ranks, config.generators.count
+    ranks, generators = 0 if config.run.evaluation_only else config.learner.ranks, config.generators.count
     if devices.kind == "cpu":
         return (), ((),) * generators
     each = _cards_per_generator(config)
@@ -149,7 +152,7 @@ def _place(config: Config, devices: Devices) -> tuple[Sequence[Card], Sequence[S
                 f"--share-gpu puts the learner and all generators on one card, got {ranks} learner ranks and {each} "
                 "cards per generator; set --learner-gpus 1 and no parallel sizes under vllm, or leave --share-gpu out"
             )
-        return devices.cards[:1], (devices.cards[:1],) * generators
+        return devices.cards[:ranks], (devices.cards[:1],) * generators
     need = ranks + generators * each
     if need > len(devices.cards):
         seen = f"{len(devices.cards)} {'is' if len(devices.cards) == 1 else 'are'} visible"
@@ -164,6 +167,8 @@ def _place(config: Config, devices: Devices) -> tuple[Sequence[Card], Sequence[S
 def _what_fits(config: Config, devices: Devices) -> str:
     """Flags of a run like the wanted one that these cards can hold: cards are shared out in the wanted proportion."""
     cards, each = len(devices.cards), _cards_per_generator(config)
+    if config.run.evaluation_only and cards >= each:
+        return f"fits here: --generators {cards // each}"
     one_card = "one card: --generators 1 --learner-gpus 1 --share-gpu"
     if config.generators.count == 0:
         return f"fits here: --generators 0 --learner-gpus {cards}"
@@ -215,11 +220,16 @@ def _notes(config: Config, devices: Devices) -> tuple[tuple[str, str], ...]:
     bound = f"a token is at most {stale} {_plural(stale, 'version')} old when it is trained"
     packed = f"in micro-batches of {config.learner.micro_batch_tokens:,} tokens, ZeRO {config.learner.zero}"
     running = f"{config.generators.max_running} completions at a time"
+    generation = ("generation", f"{generators} {_plural(generators, 'generator')} x at most {running}")
+    if config.run.evaluation_only:
+        asked, k = config.evaluation.max_prompts, config.evaluation.samples
+        said = f"at most {asked:,} held-out prompts x {k} {_plural(k, 'completion')}, and no training"
+        return (("evaluation", said), generation)
     notes = [
         ("one step", f"{prompts} prompts x {group} completions = {completions:,} completions, {sampled}"),
         ("steps", str(config.run.steps) if config.run.steps else f"{passes} / {prompts}"),
         ("staleness", f"{bound}; at most {(stale + 1) * prompts:,} groups are open at a time"),
-        ("generation", f"{generators} {_plural(generators, 'generator')} x at most {running}"),
+        generation,
         ("training", f"{ranks} {_plural(ranks, 'rank')}, shares balanced by tokens (any number of ranks), {packed}"),
     ]
     if devices.kind == "cpu" and ranks + generators > devices.cores:

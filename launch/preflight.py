@@ -33,7 +33,8 @@ def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
     require_curve()
     check_packages(config)
     check_model(config.model.path)
-    check_shared_memory(Path(config.model.path), shared_memory, 1 if config.lora.rank else SNAPSHOTS)
+    copies = 1 if config.lora.rank or config.run.evaluation_only else SNAPSHOTS
+    check_shared_memory(Path(config.model.path), shared_memory, copies)
 
 
 def check_device(config: Config, devices: Devices, environ: Mapping[str, str]) -> None:
@@ -98,7 +99,8 @@ def model_shape(model: str) -> ModelShape | None:
 def check_packages(config: Config) -> None:
     """The engines that this run will import can be found."""
     engine = {"vllm": ["vllm"], "transformers": ["transformers"], "fake": []}[config.generators.engine]
-    for package in [*(engine if config.generators.count else []), "torch", "deepspeed"]:
+    trains = [] if config.run.evaluation_only else ["torch", "deepspeed"]
+    for package in [*(engine if config.generators.count else []), *trains]:
         if importlib.util.find_spec(package) is None:
             raise PreflightError(
                 f"this run needs the package {package}, which this Python does not have; run make setup"

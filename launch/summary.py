@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.chart import chart, printable
 from launch.history import History, Row
+from launch.scores import changes
 
 NUM_SAMPLES = 2
 MAX_TEXT = 400
@@ -25,9 +26,10 @@ def summary(run_dir: Path, width: int) -> list[str]:
         return []
     lines = [*_curve("reward", history.steps, "step", "reward/mean", width)]
     lines += _curve("held-out accuracy", history.evaluations, "version", "accuracy", width)
-    if len(history.evaluations) > 1:
-        first, last = history.evaluations[0], history.evaluations[-1]
-        lines += [_gain(first, last), "", *_before_and_after(first, last, width)]
+    evaluations = [row for row in history.evaluations if row["accuracy"] is not None]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        lines += [_gain(first, last), *changes(first, last), "", *_before_and_after(first, last, width)]
     lines.append(
         f"picture: {picture}" if (picture := draw_picture(run_dir, history)) else "picture: none, matplotlib is missing"
     )
@@ -48,7 +50,7 @@ def draw_picture(run_dir: Path, history: History) -> Path | None:
         xs, ys = _points(rows, x, y)
         axes.plot(xs, ys, marker="o" if len(xs) < 30 else "", linewidth=1.5)
         axes.set_xlabel("policy version" if x == "version" else x)
-        axes.set_ylabel("held-out accuracy (greedy)" if y == "accuracy" else "mean reward of a step")
+        axes.set_ylabel("held-out accuracy" if y == "accuracy" else "mean reward of a step")
         axes.grid(alpha=0.3)
     path = run_dir / "curves.png"
     figure.savefig(path, dpi=120)

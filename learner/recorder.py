@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
 from learner.announcer import Announcer
+from learner.evaluations import EVALUATIONS_FILE, evaluation_curves, log_evaluation
 from learner.link import Link, Standing, Taken
 from learner.metrics import MetricsWriter, cut_lines
 from learner.models import Models
 from learner.ranks import Ranks
-from learner.samples import cut_samples, sample_fields, spread, write_samples
+from learner.samples import cut_evaluations, cut_samples, sample_fields, spread, write_samples
 from protocol.config import Config
 from protocol.messages import Evaluation
 from protocol.rewards import weighted_functions
@@ -30,7 +31,6 @@ from protocol.types import Share, Tokens
 
 log = logging.getLogger("tether.recorder")
 
-EVALUATIONS_FILE = "evaluations.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 
 
@@ -58,6 +58,7 @@ class Recorder:
             cut_lines(run_dir / EVALUATIONS_FILE, start.version, "version")
             cut_lines(run_dir / SKIPPED_FILE, start.version, "step")
             cut_samples(run_dir, start.version)
+            cut_evaluations(run_dir, start.version)
             self.num_skipped = _num_skipped(run_dir / SKIPPED_FILE)
         self._tokenizer = Tokenizer.from_file(cached_file(model_path, "tokenizer.json")) if ranks.is_first else None
 
@@ -122,17 +123,10 @@ class Recorder:
             self._writer.close()
 
     def _evaluation(self, evaluation: Evaluation) -> None:
-        log.info(
-            "evaluation of version %d: accuracy %.3f of %d",
-            evaluation.version,
-            evaluation.accuracy,
-            evaluation.num_prompts,
-        )
+        log_evaluation(evaluation)
         if self._writer is None:
             return
-        curves = {"eval/accuracy": evaluation.accuracy, "eval/length_mean": evaluation.length_mean}
-        curves |= {f"eval/{name}": value for name, value in evaluation.rewards.items()}
-        self._writer.write(evaluation.version, curves)
+        self._writer.write(evaluation.version, evaluation_curves(evaluation))
         self._append(EVALUATIONS_FILE, evaluation.model_dump())
 
     def _append(self, name: str, fields: dict[str, Any]) -> None:

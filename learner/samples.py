@@ -13,6 +13,7 @@ import numpy as np
 from protocol.types import Share, ShareItem
 
 FOLDER, PREFIX = "samples", "step_"
+EVALUATIONS, VERSION = "evaluations", "version_"  # likewise, as `broker/report.py` writes them
 
 
 def sample_fields(
@@ -62,6 +63,15 @@ def write_samples(run_folder: Path, step: int, samples: Iterable[Mapping[str, An
 
 def cut_samples(run_folder: Path, from_step: int) -> None:
     """Remove what an earlier try has written of this step and of later ones."""
-    for path in (run_folder / FOLDER).glob(f"{PREFIX}*.jsonl"):
-        if int(path.stem.removeprefix(PREFIX)) >= from_step:
+    _cut(run_folder / FOLDER, PREFIX, from_step)
+
+
+def cut_evaluations(run_folder: Path, from_version: int) -> None:
+    """Remove what an earlier try has written of evaluations of this version and of later ones."""
+    _cut(run_folder / EVALUATIONS, VERSION, from_version)
+
+
+def _cut(folder: Path, prefix: str, first: int) -> None:
+    for path in folder.glob(f"{prefix}*.jsonl"):
+        if int(path.stem.removeprefix(prefix)) >= first:
             path.unlink()

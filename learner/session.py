@@ -66,7 +66,9 @@ def train(config: Config, run_dir: Path, resume: bool) -> Ended:
 def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
     """Before the first step, after every `evaluation.every`, and after the last."""
     every = config.evaluation.every
-    return bool(every) and (version % every == 0 or version == num_steps)
+    if not every or (version == 0 and not config.evaluation.before_training):
+        return False
+    return version % every == 0 or version == num_steps
 
 
 def _resume(run_dir: Path, models: Models, ranks: Ranks) -> Standing | None:

@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from protocol.algorithm import GROUP_RELATIVE, AlgorithmConfig, CorrectionsConfig, CriticConfig, KlConfig, LoraConfig
+from protocol.brought_code import shown_name
 from protocol.fields import MAX_NAME, MAX_REWARDS
-from protocol.rewards import scored_by
-from protocol.rollouts import ENVIRONMENT, SINGLE_TURN
+from protocol.rewards import names_in_results, scored_by
+from protocol.rollouts import SINGLE_TURN
 from protocol.sections import (
     AtBound,
     BatchConfig,
@@ -28,6 +29,7 @@ from protocol.sections import (
     LearnerConfig,
     ModelConfig,
     NetworkConfig,
+    RewardConfig,
     RewardsConfig,
     RolloutConfig,
     RunConfig,
@@ -41,6 +43,8 @@ from protocol.types import SamplingParams
 
 CHANGES_RESULTS = ("model", "sampling", "rollout", "rewards", "batch", "algorithm", "data", "lora")
 """Sections that change what a completion or its reward is."""
+CHANGES_EVALUATIONS = ("samples", "temperature", "max_tokens", "rewards")
+"""Of the evaluation's settings, likewise."""
 
 
 class Config(Section):
@@ -81,9 +85,10 @@ class Config(Section):
                 )
         self._algorithm_rules()
         self._kl_rules()
-        if not self.rewards.functions and not self.rewards.model.path and self.rollout.weight is None:
+        if not scored_by(self):
             raise ValueError(
-                "at least one reward is needed, got none; set rewards.functions or --reward NAME, or --reward-model"
+                "at least one reward is needed, got none; set rewards.functions or --reward NAME, --reward-model, or "
+                "rollout.weight for a rollout that gives one"
             )
         if self.rollout.use == SINGLE_TURN and self.rollout.weight is not None:
             raise ValueError(
@@ -91,6 +96,7 @@ class Config(Section):
                 "rollout.use to one that does, or leave rollout.weight out"
             )
         self._check_rewards_fit_a_result()
+        self._evaluation_rules()
         return self
 
     def _algorithm_rules(self) -> None:
@@ -173,19 +179,32 @@ class Config(Section):
                 if getattr(kl, name):
                     raise ValueError(f"kl.{name} shapes a gradient, which a reward has none of; set kl.place loss")
 
+    def _evaluation_rules(self) -> None:
+        evaluation = self.evaluation
+        if evaluation.samples > 1 and evaluation.temperature == 0:
+            raise ValueError(
+                f"evaluation.samples {evaluation.samples} with evaluation.temperature 0 would be the same completion "
+                "every time; set evaluation.temperature above 0, or evaluation.samples 1"
+            )
+        weighted = next((function for function in evaluation.rewards if function.weight != 1), None)
+        if weighted is not None:
+            raise ValueError(
+                f"functions that only evaluation uses are no part of a sum, {shown_name(weighted.use)} has weight "
+                f"{weighted.weight:g}; leave its weight out of evaluation.rewards"
+            )
+
     def _check_rewards_fit_a_result(self) -> None:
-        names = [name for name, _ in scored_by(self.rewards)]
-        names += [ENVIRONMENT] if self.rollout.weight is not None else []
+        names = names_in_results(self, evaluating=True)
         if len(names) > MAX_REWARDS:
             raise ValueError(
                 f"at most {MAX_REWARDS} reward functions can be told apart, got {len(names)}; let one function return "
-                "the sum of several, or shorten rewards.functions"
+                "the sum of several, or shorten rewards.functions and evaluation.rewards"
             )
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise ValueError(
                 f"rewards are told apart by function and file name, got two called {repeated}; rename one of them in "
-                "rewards.functions"
+                "rewards.functions or evaluation.rewards"
             )
         for name in names:
             if len(name) > MAX_NAME:
@@ -194,8 +213,25 @@ class Config(Section):
                     "function or its file a shorter name in rewards.functions"
                 )
 
+    @property
+    def all_rewards(self) -> RewardsConfig:
+        """With the functions of training, and behind them those that only evaluation uses."""
+        return self.rewards.model_copy(update={"functions": (*self.rewards.functions, *self.rewards_of_evaluation)})
+
+    @property
+    def rewards_of_evaluation(self) -> tuple[RewardConfig, ...]:
+        """What only evaluation scores with: what training scores with too is not called twice."""
+        trained = [(function.use, function.args) for function in self.rewards.functions]
+        return tuple(function for function in self.evaluation.rewards if (function.use, function.args) not in trained)
+
+    @property
+    def evaluates(self) -> bool:
+        return self.evaluation.every > 0 or self.run.evaluation_only
+
     def steps_for(self, num_rows: int) -> int:
         """T, the training steps of a run over so many rows."""
+        if self.run.evaluation_only:
+            return 0
         if self.run.steps:
             return self.run.steps
         return -(-int(self.run.epochs * num_rows) // self.batch.prompts)
@@ -211,10 +247,12 @@ class Config(Section):
         return self.data.max_prompt_tokens + max(self.sampling.max_tokens, self.evaluation.max_tokens)
 
     def evaluation_params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.evaluation.max_tokens or self.sampling.max_tokens, temperature=0.0)
+        settings = self.evaluation
+        return SamplingParams(settings.max_tokens or self.sampling.max_tokens, settings.temperature)
 
     def result_digest(self) -> str:
         """Hex digest of the settings that change what a completion or its reward is."""
         part = self.model_dump(mode="json", include=set(CHANGES_RESULTS))
         part["model"].pop("path")
+        part["evaluation"] = self.evaluation.model_dump(mode="json", include=set(CHANGES_EVALUATIONS))
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:32]

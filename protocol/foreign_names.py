@@ -144,7 +144,7 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "repetition_n_grams": "rewards.functions",
     "report_to": "",
     "reward_funcs": "rewards.functions",
-    "reward_model": "rewards.functions",
+    "reward_model": "rewards.model.path",
     "reward_weights": "rewards.functions",
     "rlhf_type": "algorithm.advantage",
     "save_steps": "checkpoint.every",

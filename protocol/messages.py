@@ -172,17 +172,25 @@ class Beat(Message):
 
 
 class Evaluation(BaseModel):
-    """The greedy answers of the held-out prompts by one version."""
+    """What the answers of the held-out prompts by one version came to."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     version: int
     num_prompts: int
-    accuracy: float
+    accuracy: float | None
+    """mean@k of the first function over all prompts; None: nothing was scored."""
     rewards: dict[str, float]
+    """Mean of each function over the completions."""
     length_mean: float
     errors: int = 0
+    """Completions that failed, or whose reward did. They are in none of the numbers."""
     duration_s: float = 0.0
     samples: list[dict[str, Any]] = []
+    """A few completions as text."""
+    samples_per_prompt: int = 1
+    """k."""
+    scores: list[dict[str, Any]] = []
+    """By data source and function: `broker/scores.py`."""
 
 
 class BeatAnswer(Message):
@@ -290,6 +298,8 @@ class Result(Message):
     observed: BOOL
     metrics: dict[Name, Finite] = Field(default={}, max_length=MAX_METRICS)
     """What reward functions returned beside their values, as FUNCTION/KEY."""
+    answers: dict[Name, Name] = Field(default={}, max_length=MAX_REWARDS)
+    """In an evaluation: the final answer that a function found in the text, by function; what a majority votes on."""
 
 
 class Verdict(Message):

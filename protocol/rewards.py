@@ -51,27 +51,29 @@ def check_rewards(uses: Sequence[str]) -> None:
             raise ConfigError(f"expected reward code in {place}, there is no such file; set --reward")
 
 
-def scored_by(rewards: RewardsConfig) -> list[tuple[str, float]]:
-    """What a generator scores with, by shown name with its weight: the functions, and the reward model if there is one.
-
-    In the order of every list of rewards, in which a rollout's own reward comes behind them.
-    """
+def scored_by(config: Config) -> list[tuple[str, float]]:
+    """What a generator adds up, each by its shown name with its weight: functions, reward model, environment."""
+    rewards = config.rewards
     found = [(shown_name(function.use), function.weight) for function in rewards.functions]
-    return [*found, (REWARD_MODEL, rewards.model.weight)] if rewards.model.path else found
+    if rewards.model.path:
+        found.append((REWARD_MODEL, rewards.model.weight))
+    if config.rollout.weight is not None:
+        found.append((ENVIRONMENT, config.rollout.weight))
+    return found
 
 
 def weighted_functions(config: Config) -> list[tuple[str, float]]:
-    """What a reward is the sum of, each by its shown name with its weight."""
-    found = scored_by(config.rewards)
-    if config.rollout.weight is not None:
-        found.append((ENVIRONMENT, config.rollout.weight))
+    """What a reward is the sum of once the broker has added its part."""
+    found = scored_by(config)
     return [*found, (OVERLONG, 1.0)] if config.algorithm.overlong == "punish" else found
 
 
-def names_in_results(config: Config) -> list[str]:
+def names_in_results(config: Config, *, evaluating: bool) -> list[str]:
     """Under which names a generator may give rewards, and numbers beside them as NAME/KEY."""
-    names = [name for name, _ in scored_by(config.rewards)]
-    return names if config.rollout.use == SINGLE_TURN else [*names, ENVIRONMENT]
+    names = [name for name, _ in scored_by(config)]
+    if config.rollout.use != SINGLE_TURN and config.rollout.weight is None:
+        names.append(ENVIRONMENT)
+    return [*names, *(shown_name(function.use) for function in config.rewards_of_evaluation)] if evaluating else names
 
 
 def reward_digest(uses: Sequence[str], model: str = "") -> str:
@@ -79,10 +81,8 @@ def reward_digest(uses: Sequence[str], model: str = "") -> str:
 
     Raises ConfigError if a file is missing.
     """
-    of_code = brought_digest(uses, "reward", "rewards.functions or --reward")
-    if not model:
-        return of_code
-    return hashlib.sha256(f"{of_code} {reward_model_digest(Path(model))}".encode()).hexdigest()[:32]
+    code = brought_digest(uses, "reward", "rewards.functions or --reward")
+    return hashlib.sha256(f"{code}/{reward_model_digest(Path(model))}".encode()).hexdigest()[:32] if model else code
 
 
 def with_files(rewards: RewardsConfig, uses: Sequence[str], model: str = "") -> RewardsConfig:

@@ -187,10 +187,20 @@ class RewardsConfig(Section):
 class EvaluationConfig(Section):
     every: NonNegativeInt = 10
     """Evaluate after every so many steps, before the first and after the last. 0: never."""
+    before_training: bool = True
+    """Evaluate the model as it is before the first step."""
     max_prompts: PositiveInt = 256
-    """Held-out prompts of one evaluation."""
+    """Held-out prompts of one evaluation, spread evenly over their data sources."""
     max_tokens: NonNegativeInt = 0
-    """Longest completion of an evaluation. 0: as in training. Evaluation is greedy."""
+    """Longest completion of an evaluation. 0: as in training."""
+    samples: Annotated[int, Field(ge=1, le=MAX_RUNNING)] = 1
+    """k: completions of each held-out prompt. More than one need a temperature."""
+    temperature: NonNegativeFloat = 0.0
+    """Of an evaluation's completions. 0: greedy."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """What scores held-out completions beside the functions of training: a lenient scorer beside the strict one."""
+    prompts_written: NonNegativeInt = 64
+    """Prompts of each evaluation whose completions are written to evaluations/."""
 
 
 class CheckpointConfig(Section):
@@ -247,6 +257,8 @@ class RunConfig(Section):
     """Where to compute; AMD is cuda too. auto: the first of NVIDIA, AMD, Ascend that has a card, else cpu."""
     share_gpu: bool = False
     """Learner and generators share one card."""
+    evaluation_only: bool = False
+    """Evaluate the model as it is, once, and train nothing: no card for the learner, and no training rows."""
     drain_s: PositiveFloat = 60.0
     """How long the first Ctrl-C lets running work end before a checkpoint is written."""
     samples_per_step: NonNegativeInt = 4

@@ -89,6 +89,7 @@ class Trajectory:
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function; None: no opinion
     error: str = ""  # why generation or reward failed; "" when neither did
     metrics: Mapping[str, float] = field(default_factory=dict)  # what reward functions returned beside their values
+    answers: Mapping[str, str] = field(default_factory=dict)  # of an evaluation: the final answer, by function
 
 
 @dataclass(frozen=True, slots=True, eq=False)

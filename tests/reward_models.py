@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -23,27 +26,39 @@ TEMPLATE = (
 
 
 def make_reward_model(
-    folder: Path, *, pad: str | None = PAD, chat: bool = True, labels: int = 1, broken: bool = False
+    folder: Path,
+    *,
+    pad: str | None = PAD,
+    chat: bool = True,
+    labels: int = 1,
+    broken: bool = False,
+    encoder: bool = False,
 ) -> Path:
-    """Random weights, and a tokenizer of single characters: not one of any policy. `broken`: every score is NaN."""
+    """Random weights, and a tokenizer of single characters: not one of any policy.
+
+    `broken`: every score is NaN. `encoder`: a model that reads in both directions, and scores its first token.
+    """
     names = ["<unk>", EOS, PAD, *map(chr, range(32, 127)), "\n"]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token=EOS, pad_token=pad)
     fast.chat_template = TEMPLATE if chat else None
     fast.save_pretrained(folder)
-    config = Qwen2Config(
-        vocab_size=len(names),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        num_labels=labels,
-        pad_token_id=None if pad is None else names.index(pad),
-    )
-    model = Qwen2ForSequenceClassification(config).float()
+    sizes = {
+        "vocab_size": len(names),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+        "num_labels": labels,
+        "pad_token_id": None if pad is None else names.index(pad),
+    }
+    model: Any
+    if encoder:
+        model = BertForSequenceClassification(BertConfig(**sizes)).float()
+    else:
+        model = Qwen2ForSequenceClassification(Qwen2Config(num_key_value_heads=1, **sizes)).float()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

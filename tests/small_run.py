@@ -138,7 +138,7 @@ class FakeGenerator:
         from protocol.rewards import reward_digest
         from protocol.rollouts import rollout_digest
 
-        digest = reward_digest([function.use for function in self.config.rewards.functions])
+        digest = reward_digest([function.use for function in self.config.all_rewards.functions])
         key = read_client_key(self.folder / "keys" / "generator.key")
 
         def hello() -> Hello:
@@ -155,10 +155,7 @@ class FakeGenerator:
         options = EngineOptions(self.folder / "model", max_model_len=64, lora_rank=self.config.lora.rank)
         self.engine = self.engine_type(options, step_s=self.step_s, mean_tokens=self.mean_tokens, vocabulary=VOCABULARY)
         rollout = RolloutRunner(self.config, self.config.rollout, self.folder / "model")
-        weight = self.config.rollout.weight
-        scorer = Scorer(
-            self.config.rewards, self.folder / "model", self.config.sampling.max_tokens, environment_weight=weight
-        )
+        scorer = Scorer(self.config, self.config.all_rewards, self.folder / "model")
         await asyncio.gather(self.engine.start(), scorer.start())
         staging = self.folder / f"staging-{self.name}"
         staging.mkdir(mode=0o700)

@@ -187,3 +187,8 @@ def test_a_metric_belongs_to_a_reward_of_the_run(name: str) -> None:
     assert refusal(metrics={"score/acc": 1.0, "other/a/b": -2.0}) == ""
     said = f"a metric called {name}, expected FUNCTION/KEY of score, other"
     assert refusal(metrics={"score/acc": 1.0, name: 1.0}) == said
+
+
+def test_an_answer_to_vote_on_belongs_to_a_function_of_the_run() -> None:
+    assert refusal(answers={"score": "12"}) == ""
+    assert refusal(answers={"somebody": "12"}).startswith("an answer found by somebody, the run has ")

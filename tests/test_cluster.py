@@ -148,7 +148,7 @@ def test_a_reward_model_is_a_folder_with_its_weight() -> None:
         model = build(parse(["--reward-model", *words]).values).config.rewards.model
         assert (model.path, model.weight) == expected
     alone = build(parse(["--reward-model", "judge", "--rewards.functions", "[]"]).values).config
-    assert scored_by(alone.rewards) == [("reward_model", 1.0)]
+    assert scored_by(alone) == [("reward_model", 1.0)]
     with pytest.raises(ConfigError, match=r"at least one reward is needed, got none; set rewards\.functions"):
         build(parse(["--rewards.functions", "[]"]).values)
 

@@ -185,7 +185,9 @@ def test_a_step_is_one_line() -> None:
 
 def test_an_evaluation_is_one_line() -> None:
     assert evaluation_line(EVALUATIONS[1]) == "evaluation of version 120: accuracy 49.8% (100 of 200)"
-    assert evaluation_line(EVALUATIONS[0] | {"errors": 9}).endswith("accuracy 30.0% (60 of 200; 9 failed)")
+    scored = {"source": "", "function": "gsm8k", "prompts": 190, "metrics": {"mean@1": 0.3}}
+    failed = EVALUATIONS[0] | {"errors": 10, "scores": [scored]}
+    assert evaluation_line(failed).endswith("accuracy 30.0% (57 of 190; 10 failed)")
 
 
 def test_the_pace_counts_the_waiting_between_bursts() -> None:
@@ -199,6 +201,24 @@ def test_waiting_names_who_waits_for_what() -> None:
     assert line.startswith("waiting 30 s for step 129  broker: running | learner-0: waiting for trajectories: 41 of 64")
     assert "generator-0: waiting: at the staleness bound 2 min | generator-1: down, restart in 2 s | far away" in line
     assert printable(line) == line
+
+
+def test_an_evaluation_of_k_completions_says_what_any_and_most_of_them_came_to() -> None:
+    def scores(function: str, **metrics: float) -> dict[str, Any]:
+        return {"source": "", "function": function, "prompts": 190, "metrics": metrics}
+
+    strict = scores("gsm8k", **{"mean@8": 0.3, "pass@8": 0.8, "maj@8": 0.4})
+    row = EVALUATIONS[0] | {
+        "samples_per_prompt": 8,
+        "errors": 80,
+        "scores": [strict, scores("lenient", **{"mean@8": 0.6})],
+    }
+    assert evaluation_line(row, ["lenient"]) == (
+        "evaluation of version 0: accuracy 30.0% (mean@8 of 190 prompts; 80 failed), pass@8 80.0%, maj@8 40.0%, "
+        "lenient 60.0%"
+    )
+    nothing = row | {"accuracy": None}
+    assert evaluation_line(nothing) == "evaluation of version 0: no completion was scored; 80 failed"
 
 
 def test_a_pipe_gets_each_step_and_evaluation_once(tmp_path: Path) -> None:

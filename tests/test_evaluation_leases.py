@@ -68,6 +68,46 @@ def test_an_evaluation_whose_version_nobody_holds_starts_again_at_the_newest() -
     assert scheduler.finished(answer(lost, 0, 1.0), 0.0) is ResultStatus.LATE
 
 
+def test_a_prompt_whose_generator_is_lost_half_way_through_its_k_completions_is_answered_anew() -> None:
+    scheduler = fresh()
+    scheduler.evaluate([7], samples=4)
+    (first,) = grants(scheduler, room=4, who="a")
+    assert first.samples == 4
+    for sample in (0, 2):
+        scheduler.finished(answer(first, sample, 1.0), 0.0)
+    scheduler.pull("b", 0, 0, 0.0, newer_available=False)
+    scheduler.holder_lost("a", crashed=True)
+    again = grants(scheduler, room=4, who="b")[0]
+    assert (again.kind, again.prompt, again.samples, again.version) == (LeaseKind.EVALUATE, 7, 4, 0)
+    assert again.attempt != first.attempt
+    assert scheduler.finished(answer(first, 1, 1.0), 0.0) is ResultStatus.LATE
+    finish(scheduler, again)
+    result = scheduler.take_evaluation()
+    assert result is not None
+    assert [(one.sample, one.attempt) for one in result.trajectories] == [(n, again.attempt) for n in range(4)]
+    assert [len(group) for group in result.by_prompt] == [4]
+
+
+def test_half_of_k_completions_are_forgotten_when_the_evaluation_starts_again_at_the_newest() -> None:
+    scheduler = fresh()
+    scheduler.evaluate([7, 8], samples=2)
+    done, half = grants(scheduler, room=4, who="a")
+    finish(scheduler, done)
+    scheduler.finished(answer(half, 0, 1.0), 0.0)
+    finish(scheduler, *grants(scheduler, room=4, who="b"))
+    train(scheduler)
+    scheduler.pull("b", 1, 0, 0.0, newer_available=False)
+    scheduler.holder_lost("a", crashed=True)
+    again = grants(scheduler, version=1, room=4, who="b")
+    assert [(g.prompt, g.version, g.samples) for g in again] == [(7, 1, 2), (8, 1, 2)]
+    for grant in again:
+        finish(scheduler, grant)
+    result = scheduler.take_evaluation()
+    assert result is not None
+    assert {one.completion.oldest_version for one in result.trajectories if one.completion} == {1}
+    assert len(result.trajectories) == 4
+
+
 def test_an_answer_of_another_version_spoils_no_evaluation() -> None:
     scheduler = fresh()
     scheduler.evaluate([7])

@@ -17,7 +17,7 @@ SESSIONS = ("a", "b", "c")
 class EvaluationMachine(RuleBasedStateMachine):
     """Plays the scheduler, a learner that goes on, and generators that come, change their version and die."""
 
-    @initialize(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True), samples=st.integers(1, 2))
+    @initialize(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True), samples=st.integers(1, 4))
     def start(self, numbers: list[int], samples: int) -> None:
         self.table = LeaseTable(ttl_s=30.0)
         self.newest = self.version = 0  # the learner's, and the one that is evaluated
@@ -64,6 +64,14 @@ class EvaluationMachine(RuleBasedStateMachine):
             self.evaluation.answered(lease)
             self.answered[lease.grant.prompt] = [(lease.grant.attempt, error)] * self.samples
             self._settle()
+
+    @rule(place=st.integers(0, 9), count=st.integers(1, 3))
+    def some_of_its_samples_come(self, place: int, count: int) -> None:
+        """The scheduler keeps them at the lease, and asks the evaluation only when it has all of them."""
+        if self.out:
+            lease = self.out[sorted(self.out)[place % len(self.out)]]
+            for sample in range(min(count, self.samples - 1)):
+                lease.results[sample] = answer(lease.grant, sample, 0.0)
 
     @rule(place=st.integers(0, 9))
     def a_lease_is_lost(self, place: int) -> None:

@@ -119,7 +119,7 @@ class Source:
 
 
 class Scorer:
-    async def score(self, prompt: Prompt, episode: Episode) -> Score:
+    async def score(self, prompt: Prompt, episode: Episode, *, evaluating: bool = False) -> Score:
         return Score(1.0, {"one": 1.0})
 
 

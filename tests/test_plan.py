@@ -135,3 +135,15 @@ def test_on_ascend_the_cards_are_in_its_own_variable() -> None:
 
 def test_cards_are_numbered_as_nvidia_smi_does() -> None:
     assert planned(1, 1, gpus(2)).processes[1].env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_an_evaluation_needs_no_card_for_the_learner_and_no_adapters() -> None:
+    only: dict[str, Any] = {"run": {"evaluation_only": True}, "lora": {"rank": 8}}
+    made = planned(2, 4, gpus(2), **only)
+    implied = {value.key: value.value for value in implied_settings(config(2, 4, **only), gpus(2))}
+    assert (implied["learner.ranks"], implied["lora.rank"]) == (1, 0)
+    assert [process.device for process in made.of(ProcessRole.GENERATOR)] == ["cuda 0", "cuda 1"]
+    assert {process.device for process in made.of(ProcessRole.LEARNER)} == {"cpu"}
+    assert [topic for topic, _ in made.notes] == ["evaluation", "generation"]
+    said = refusal(3, 4, gpus(2), **only)
+    assert said.endswith("(3 generators x 1 + 0 learner ranks), 2 are visible; fits here: --generators 2")

@@ -266,3 +266,30 @@ def test_making_prompts_does_not_import_torch(model: Path, tmp_path: Path) -> No
     command = [sys.executable, "-c", code, config, str(model)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.stdout.strip() == "3 []", ended.stderr
+
+
+def test_held_out_prompts_are_spread_over_their_sources_and_the_note_says_how_many_of_each(
+    model: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps(row | {"data_source": "lab/sums"}) for row in ROWS))
+    config = config_for(tmp_path / "rows", evaluation={"max_prompts": 5})
+    sources = f"{tmp_path / 'rows'},{more}"
+    config = config.model_copy(update={"data": config.data.model_copy(update={"eval": sources})})
+    source = PromptSource(config, ChatTokenizer(model))
+    assert source.evaluation_sources == ["rows", "lab/sums", "rows", "lab/sums", "rows"]
+    assert [prompt.number for prompt in source.evaluation] == list(range(5))
+    assert [prompt.columns["level"] for prompt in source.evaluation] == [7, 0, 8, 1, 9]
+    assert source.notes[-1] == "held out: 5 prompts (3 of rows, 2 of lab/sums)"
+
+
+def test_an_evaluation_by_itself_reads_no_training_rows_and_needs_held_out_ones(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS[:3])))
+    only = {"run": {"evaluation_only": True}, "evaluation": {"every": 0}}
+    config = Config.model_validate({"data": {"train": str(tmp_path / "nowhere.jsonl"), "eval": str(rows)}} | only)
+    source = PromptSource(config, ChatTokenizer(model))
+    assert (source.num_rows, len(source.evaluation), config.steps_for(100)) == (0, 3, 0)
+    config = Config.model_validate({"data": {"train": str(rows)}} | only)
+    with pytest.raises(ConfigError, match=r"evaluation_only is set, but there are no held-out rows .* set data\.eval$"):
+        PromptSource(config, ChatTokenizer(model))

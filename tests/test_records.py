@@ -89,7 +89,7 @@ def test_sources_of_different_conventions_are_read_together_and_each_is_said(tmp
     chat = [{"role": "user", "content": "p"}]
     row = {"prompt": chat, "reward_model": {"style": "rule", "ground_truth": "9"}}
     other = write(tmp_path / "verl.jsonl", [row])
-    records, notes = load(f"{plain}#4,{other}#2")
+    records, notes, _ = load(f"{plain}#4,{other}#2")
     assert [record.columns.prompt for record in records] == ["question"] * 4 + ["prompt"] * 2
     assert [record.row["prompt"] for record in records[4:]] == [chat, chat]
     assert notes == [
@@ -115,6 +115,6 @@ def test_held_out_rows_come_from_the_sources_that_have_some(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         write(tmp_path / name / "train.jsonl", [{"question": name, "answer": "1"}])
     write(tmp_path / "b" / "test.jsonl", [{"question": "held out", "answer": "1"}])
-    records, notes = load(f"{tmp_path / 'a'},{tmp_path / 'b'}", evaluation=True)
+    records, notes, _ = load(f"{tmp_path / 'a'},{tmp_path / 'b'}", evaluation=True)
     assert [record.row["question"] for record in records] == ["held out"]
     assert [note.split(":")[0] for note in notes] == [f"1 rows from {tmp_path / 'b'}"]

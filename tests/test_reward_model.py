@@ -21,6 +21,7 @@ from protocol.errors import ConfigError
 from protocol.reward_model import BLOCK_BYTES, NUM_BLOCKS, check_reward_model, reward_model_digest
 from protocol.rewards import reward_digest, with_files
 from protocol.sections import RewardModelConfig, RewardsConfig
+from tests.engines import until
 from tests.reward_models import EOS, PAD, make_reward_model, plain_score
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
@@ -49,6 +50,19 @@ def test_scores_of_a_batch_are_those_of_plain_calls(tmp_path: Path, pad: str | N
     assert together["reasons"] == [""] * len(ANSWERS)
     assert together["values"] == pytest.approx(expected, abs=TOLERANCE)
     assert len({round(value, 3) for value in expected}) == len(ANSWERS), "scores that tell the answers apart"
+
+
+def test_without_a_padding_token_the_last_one_counts_whichever_it_is(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, pad=None, chat=False)
+    answers = ["it is \u00e9", "it is ", "it is !", 'it is "', "it is #", "no"]  # they end in the tokenizer's first ids
+    expected = [plain_score(folder, QUESTION, answer) for answer in answers]
+    assert scorer(folder).score(asked(*answers))["values"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_model_that_reads_in_both_directions_does_not_read_padding(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, chat=False, encoder=True)
+    expected = [plain_score(folder, QUESTION, answer) for answer in ANSWERS]
+    assert scorer(folder).score(asked(*ANSWERS))["values"] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_a_score_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -161,6 +175,20 @@ class Served:
 
         return self._runner.run(ask())
 
+    def outcome_of_closing(self, completion: str) -> float | BaseException:
+        """Of what its worker has when it is closed."""
+
+        async def ask() -> float | BaseException:
+            asking = asyncio.ensure_future(self._model.score(QUESTION, completion))
+            async with asyncio.timeout(DEADLINE_S):
+                await asyncio.sleep(0)  # it waits now
+                await until(lambda: not self._model._waiting, "its worker being asked")
+                await self._model.close()
+                (outcome,) = await asyncio.gather(asking, return_exceptions=True)
+            return outcome
+
+        return self._runner.run(ask())
+
     @staticmethod
     def pid() -> int:
         (worker,) = [p for p in psutil.Process().children() if "actors.rewards.model_worker" in p.cmdline()]
@@ -179,7 +207,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     """One worker, and those that take its place: each imports torch and transformers."""
-    opened = Served(folder, batch_size=4, timeout_s=6.0)
+    opened = Served(folder, batch_size=4, timeout_s=3.0)
     yield opened
     opened.close()
 
@@ -210,7 +238,7 @@ def test_a_worker_that_hangs_is_killed_at_the_deadline(folder: Path, served: Ser
     before = served.pid()
     os.kill(before, signal.SIGSTOP)
     first, *rest = served.outcomes("1", "2", "3", "4", "5", "6")
-    assert str(first) == "reward_model: no answer within 6 s"
+    assert str(first) == "reward_model: no answer within 3 s"
     assert all(isinstance(outcome, RewardFailed) for outcome in rest[:3])
     assert rest[3:] == pytest.approx([plain_score(folder, QUESTION, text) for text in "56"], abs=TOLERANCE)
     assert not psutil.pid_exists(before)
@@ -221,3 +249,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(tmp_path: 
     Qwen2ForSequenceClassification.from_pretrained(folder).model.save_pretrained(folder)
     with pytest.raises(ConfigError, match=r"the reward model in .* cannot be loaded: expected a trained reward model"):
         Served(folder)
+
+
+def test_who_waits_for_a_score_when_the_generator_leaves_is_told(served: Served) -> None:
+    os.kill(served.pid(), signal.SIGSTOP)
+    assert str(served.outcome_of_closing("4")) == "reward_model: this generator leaves"

@@ -91,7 +91,6 @@ def has_ended(pid: int) -> bool:
 def test_a_groups_completions_are_scored_by_every_function(tmp_path: Path) -> None:
     async def go() -> None:
         async with pool(tmp_path) as rewards:
-            assert rewards.names == ["gsm8k", "evil:score"]
             scored = await rewards.score(["#### 2", "#### 3", "2"], [[1], [2], [3]], {"answer": "1+1=2\n#### 2"}, 0)
             assert scored.values == [[1.0, 0.0, 0.0], [6.0, 6.0, 1.0]]
 

@@ -180,7 +180,7 @@ def test_no_opinion_is_not_zero() -> None:
 
 def test_numbers_beside_the_score_are_metrics_and_texts_are_not() -> None:
     said = opinion_of({"score": -1, "acc": True, "pred": "34", "n": 3, "none": None, "odd": float("nan")})
-    assert said == (-1.0, {"acc": 1.0, "n": 3.0})
+    assert said == (-1.0, {"acc": 1.0, "n": 3.0}, "34")
     assert opinion_of(0.5).metrics == {}
     with pytest.raises(ValueError, match="expected score among the keys of what it returned, got acc, pred"):
         opinion_of({"acc": 1.0, "pred": "34"})
@@ -330,7 +330,7 @@ def test_a_function_of_trl_logs_numbers_and_knows_the_version(tmp_path: Path) ->
 
 def test_a_function_of_trl_finds_them_among_its_keywords_too(tmp_path: Path) -> None:
     (seen,) = opinions(load(tmp_path, IN_KEYWORDS), ["a"])
-    assert seen == (5.0, {"seen": 1.0})
+    assert (seen.value, seen.metrics) == (5.0, {"seen": 1.0})
 
 
 def test_what_no_trainer_state_can_know_when_scoring_is_an_error(tmp_path: Path) -> None:
@@ -364,3 +364,39 @@ def test_arguments_of_a_built_in_function_are_checked_before_it_is_called() -> N
     with pytest.raises(ConfigError, match="expected length to have args of characters, got max_tokens; set args"):
         resolve("length", 1.0, {"max_tokens": 50}, 100)
     resolve("cosine", 1.0, {"max_tokens": 50}, 100)
+
+
+@pytest.mark.parametrize(
+    ("use", "completion", "found"),
+    [
+        ("gsm8k", "#### 1,200 or rather #### 1,300", "1300"),
+        ("gsm8k", "it is 1300", None),
+        ("gsm8k_flexible", "it is 1300 .", "1300"),
+        ("gsm8k_flexible", "no idea", None),
+        ("math_accuracy", r"so \boxed{\frac{1}{2}}", "1/2"),
+        ("math_accuracy", r"so \boxed{\dfrac{1}{2}}", "1/2"),
+        ("math_accuracy", "so 7", None),
+        ("math_accuracy_reasoning", r"\boxed{3}</think> \boxed{4}", "4"),
+        ("math_accuracy_reasoning", r"\boxed{3}", None),
+        ("math_accuracy_swift", r"\boxed{3} <answer>4</answer>", "4"),
+        ("math_accuracy_swift", r"\boxed{3}", "3"),
+        ("math_dapo", "Answer: 12 dollars", "12"),
+        ("math_dapo", "it is 12", None),
+        ("xml_correctness", "<answer>\n12\n</answer>", "12"),
+        ("xml_correctness", "12", None),
+        ("think_format", "<think>12</think>", None),
+    ],
+)
+def test_a_majority_votes_on_what_the_function_compares(use: str, completion: str, found: str | None) -> None:
+    reward = resolve(use, 1.0, {}, 100)
+    answer = reward.final_answer(completion, opinion_of(0.0))
+    assert answer == found
+    if answer is not None:
+        (opinion,) = reward.score([completion], [[1]], {"answer": answer}, 0)
+        assert opinion.value is not None
+        assert opinion.value >= 1.0, "as the reference, it is right"
+
+
+def test_an_argument_that_changes_what_is_compared_changes_the_vote() -> None:
+    boxed = resolve("math_dapo", 1.0, {"strict_box": True}, 100)
+    assert boxed.final_answer(r"Answer: 3, \boxed{4}", opinion_of(0.0)) == "4"

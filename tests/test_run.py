@@ -5,6 +5,7 @@ what is promised of leases, epochs, weights and the ledger.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -135,6 +136,55 @@ def test_an_evaluation_answers_every_held_out_prompt_with_one_version(tmp_path: 
     assert evaluations[-1].version == 4
     assert {evaluation.num_prompts for evaluation in evaluations} == {6}
     assert all(sample["completion"] for sample in evaluations[-1].samples)
+
+
+def test_k_completions_of_two_sources_are_scored_by_both_functions_and_pinned_to_their_version(tmp_path: Path) -> None:
+    """The lenient function fails on some: those completions are counted, and in no number."""
+    reward = tmp_path / "reward.py"
+    config = make_run(
+        tmp_path,
+        run={"steps": 3},
+        evaluation={
+            "every": 2,
+            "samples": 4,
+            "temperature": 1.0,
+            "max_prompts": 5,
+            "rewards": [{"use": f"{reward}:lenient"}],
+            "prompts_written": 3,
+        },
+    )
+    reward.write_text(
+        "def score(completion, answer):\n    return float(len(completion) % 3 == 0)\n\n"
+        "def lenient(completion, answer):\n"
+        "    if len(completion) % 4 == 0: raise KeyError('bad')\n"
+        "    return {'score': 1.0, 'pred': len(completion)}\n"
+    )
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"question": f"w{n}", "answer": "none"}) for n in range(1, 4)))
+    sources = f"{tmp_path / 'data'},{other}"
+    config = config.model_copy(update={"data": config.data.model_copy(update={"eval": sources})})
+    with broker(tmp_path, config), ScriptedLearner(tmp_path, config) as learner, FakeGenerator(tmp_path, config):
+        learner.link.evaluate(0)
+        while learner.step():
+            pass
+        learner.link.refresh()
+        last = learner.link.evaluations()[-1]
+    assert (last.version, last.num_prompts, last.samples_per_prompt) == (3, 5, 4)
+    rows = {(row["source"], row["function"]): row for row in last.scores}
+    assert {source for source, _ in rows} == {"", "data", "other.jsonl"}
+    strict, lenient = rows["", "reward:score"], rows["", "reward:lenient"]
+    assert strict["completions"] == lenient["completions"] == 20 - last.errors
+    assert 0 < last.errors < 20
+    assert [rows[source, "reward:score"]["prompts"] for source in ("data", "other.jsonl")] == [3, 2], "spread evenly"
+    assert last.accuracy == strict["metrics"]["mean@4"]
+    assert lenient["metrics"]["mean@4"] == lenient["metrics"]["maj@4"] == 1.0
+    assert "maj@4" not in strict["metrics"], "it says nothing of an answer"
+    lines = (tmp_path / "evaluations" / "version_000003.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert [(line["prompt_number"], line["sample"]) for line in written] == [(p, s) for p in range(3) for s in range(4)]
+    assert all(("error" in line) != ("completion" in line) for line in written)
+    assert {span[0] for line in written for span in line.get("versions", [])} == {3}
+    assert all(line["answers"] for line in written if "answers" in line)
 
 
 def test_a_reward_that_raises_is_an_error_that_is_counted_and_quarantined_never_a_zero(tmp_path: Path) -> None:

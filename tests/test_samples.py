@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learner.samples import cut_samples, sample_fields, spread, write_samples
+from learner.samples import cut_evaluations, cut_samples, sample_fields, spread, write_samples
 from protocol.errors import Exit
 from protocol.types import Completion, FinishReason, Share, ShareItem, VersionSpan
 from tools.samples import main
@@ -172,3 +172,19 @@ def test_a_folder_without_samples_and_a_line_that_is_none_are_named(
     said = capsys.readouterr().err
     assert "expected a sample with completion, completion_tokens," in said
     assert f"at {newest}:3" in said
+
+
+def test_held_out_completions_are_shown_by_the_version_that_was_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evaluations").mkdir()
+    lines = [sample(4, 0), {"step": 4, "prompt_number": 9, "error": "reward failed"}]
+    (tmp_path / "evaluations" / "version_000004.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert shown(tmp_path, capsys, "--evaluations") == [40], "what failed has nothing to show"
+    assert main([str(tmp_path)]) == Exit.SETTINGS
+    assert main([str(tmp_path / "nowhere"), "--evaluations"]) == Exit.SETTINGS
+    assert "name the folder of a run that was evaluated" in capsys.readouterr().err
+    cut_evaluations(tmp_path, 5)
+    assert list((tmp_path / "evaluations").iterdir())
+    cut_evaluations(tmp_path, 4)
+    assert not list((tmp_path / "evaluations").iterdir())

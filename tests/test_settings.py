@@ -220,6 +220,41 @@ def test_what_a_message_could_not_carry_is_refused_before_anything_runs() -> Non
     assert "start more generators" in said
 
 
+def test_several_greedy_completions_of_a_held_out_prompt_are_refused() -> None:
+    said = message([Value("evaluation.samples", 8, "--samples")])
+    assert said.startswith("evaluation.samples 8 with evaluation.temperature 0 would be the same completion every time")
+    assert build([Value("evaluation.samples", 8, "a"), Value("evaluation.temperature", 0.7, "b")]).config.evaluates
+
+
+def test_a_function_of_evaluations_has_no_weight_and_a_name_of_its_own() -> None:
+    strict, lenient = Value("rewards.functions", [{"use": "gsm8k"}], "a"), {"use": "gsm8k_flexible", "weight": 0.5}
+    assert "are no part of a sum, gsm8k_flexible has weight 0.5" in message(
+        [Value("evaluation.rewards", [lenient], "b")]
+    )
+    twice = Value("evaluation.rewards", [{"use": "gsm8k", "args": {"format_score": 0.1}}], "b")
+    assert "got two called gsm8k; rename one of them in rewards.functions or evaluation.rewards" in message(
+        [strict, twice]
+    )
+
+
+def test_what_training_scores_with_too_is_called_once() -> None:
+    lenient = {"use": "gsm8k_flexible"}
+    beside = Config.model_validate(
+        {"rewards": {"functions": [lenient | {"weight": 0.5}]}, "evaluation": {"rewards": [lenient]}}
+    )
+    assert beside.all_rewards == beside.rewards
+
+
+def test_what_evaluations_sample_and_score_is_part_of_the_digest_and_how_often_they_come_is_not() -> None:
+    plain = Config().result_digest()
+    changes = {"samples": 2, "temperature": 1.0, "max_tokens": 9, "rewards": [{"use": "gsm8k_flexible"}]}
+    for name, value in changes.items():
+        settings = {"temperature": 0.5} | {name: value}
+        assert Config.model_validate({"evaluation": settings}).result_digest() != plain
+    often = {"every": 1, "max_prompts": 9, "before_training": False, "prompts_written": 0}
+    assert Config.model_validate({"evaluation": often}).result_digest() == plain
+
+
 def test_what_the_settings_allow_fits_the_messages() -> None:
     uses = [f"folder/{'r' * 100}.py:{n:027}" for n in range(64)]
     built = build(functions(*uses), [from_text("generators.max_running", "4096", "--max-running")]).config

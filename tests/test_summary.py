@@ -75,3 +75,22 @@ def test_a_run_without_evaluations_still_shows_its_reward(tmp_path: Path) -> Non
     lines = summary(tmp_path, 80)
     assert "reward by step" in lines
     assert not any("held-out" in line for line in lines)
+
+
+def scored(version: int, strict: float, lenient: float) -> dict[str, Any]:
+    rows = [
+        {"source": source, "function": function, "metrics": {"mean@1": value}}
+        for source in ("", "test.jsonl")
+        for function, value in (("gsm8k", strict), ("gsm8k_flexible", lenient))
+    ]
+    return evaluation(version, strict, []) | {"scores": rows, "samples_per_prompt": 1}
+
+
+def test_what_the_lenient_scorer_said_before_and_after_stands_beside_the_strict_one(tmp_path: Path) -> None:
+    write(tmp_path, "metrics.jsonl", [{"step": i, "time": 0.0, "reward/mean": 0.5} for i in range(2)])
+    write(tmp_path, "evaluations.jsonl", [scored(0, 0.0, 0.3), scored(2, 0.5, 0.55)])
+    lines = summary(tmp_path, 80)
+    gain = next(number for number, line in enumerate(lines) if line.startswith("held-out accuracy:"))
+    assert "0.0% at version 0, 50.0% at version 2 (+50.0 points" in lines[gain]
+    assert lines[gain + 1] == "  test.jsonl gsm8k_flexible: mean@1 30.0%, 55.0% (+25.0)"
+    assert lines[gain + 2] == "", "accuracy is said once"

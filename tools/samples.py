@@ -4,7 +4,10 @@
     python tools/samples.py RUN --step 40:60 --worst     the lowest rewards of the steps 40 to 60
     python tools/samples.py RUN --equal-groups           of groups that teach nothing: all their rewards are equal
 
-How many there are to see is up to `run.samples_per_step` and `run.samples_every`.
+    python tools/samples.py RUN --evaluations            of its evaluations; a step is then the version
+
+How many there are to see is up to `run.samples_per_step` and `run.samples_every`, of evaluations to
+`evaluation.prompts_written`.
 """
 
 from __future__ import annotations
@@ -37,6 +40,10 @@ FIELDS = frozenset({
 })  # fmt: skip
 """What `learner/samples.py` writes."""
 
+TRAINED = ("samples", "step_", "has made a step (run.samples_per_step must not be 0)")
+EVALUATIONS = ("evaluations", "version_", "was evaluated (evaluation.prompts_written must not be 0)")
+"""Folder, what its files begin with, and what a run has done that has them."""
+
 ORDERS: Mapping[str, Callable[[Sample], float]] = {
     "longest": lambda sample: -sample["completion_tokens"],
     "worst": lambda sample: sample["reward"],
@@ -67,31 +74,33 @@ class Span:
         return self.low <= number <= self.high
 
 
-def read_samples(run_dir: Path, steps: Span) -> Iterator[Sample]:
-    """The samples of these steps, the newest step first.
+def read_samples(run_dir: Path, steps: Span, evaluations: bool = False) -> Iterator[Sample]:
+    """The samples of these steps, or of the evaluations of these versions, newest first; failed ones are left out.
 
     Raises ConfigError if there are none, or naming file and line if one is no sample.
     """
-    files = {int(path.stem.removeprefix("step_")): path for path in (run_dir / "samples").glob("step_*.jsonl")}
+    folder, prefix, need = EVALUATIONS if evaluations else TRAINED
+    files = {int(path.stem.removeprefix(prefix)): path for path in (run_dir / folder).glob(f"{prefix}*.jsonl")}
     if not files:
-        raise ConfigError(
-            f"expected samples in {run_dir / 'samples'}, found none; name the folder of a run that has made a step "
-            "(run.samples_per_step must not be 0)"
-        )
+        raise ConfigError(f"expected samples in {run_dir / folder}, found none; name the folder of a run that {need}")
     wanted = sorted((step for step in files if step in steps), reverse=True)
     if not wanted:
         raise ConfigError(f"{run_dir} has samples of the steps {min(files)} to {max(files)}, none of those of --step")
     for step in wanted:
         with files[step].open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):  # str.splitlines would cut in the middle of some texts
-                yield _sample(line, f"{files[step]}:{number}")
+                sample = _sample(line, f"{files[step]}:{number}")
+                if sample is not None:
+                    yield sample
 
 
-def _sample(line: str, place: str) -> Sample:
+def _sample(line: str, place: str) -> Sample | None:
     try:
         sample = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"expected a sample as JSON, {error} at {place}; remove the file") from None
+    if isinstance(sample, dict) and "error" in sample:
+        return None
     missing = sorted(FIELDS - set(sample)) if isinstance(sample, dict) else sorted(FIELDS)
     if missing:
         raise ConfigError(f"expected a sample with {', '.join(missing)} at {place}, got {line[:80]!r}; remove the file")
@@ -138,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--reward", default=":", metavar="R|LOW:HIGH", help="with such a reward; a negative one as --reward=-1:0"
     )
+    parser.add_argument("--evaluations", action="store_true", help="of held-out prompts, by the version evaluated")
     parser.add_argument("--equal-groups", action="store_true", help="of groups whose rewards are all equal")
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--longest", dest="order", action="store_const", const="longest", default="", help="first")
@@ -149,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
         steps, reward = Span.parse("--step", args.step), Span.parse("--reward", args.reward)
         if args.count < 1:
             raise ConfigError(f"--count must be at least 1, got {args.count}")
-        chosen = choose(read_samples(args.run, steps), reward, args.equal_groups, args.order, args.count)
+        chosen = choose(
+            read_samples(args.run, steps, args.evaluations), reward, args.equal_groups, args.order, args.count
+        )
         for sample in chosen:
             print(json.dumps(sample, ensure_ascii=False) if args.json else "\n".join([*describe(sample), ""]))
         if not chosen:

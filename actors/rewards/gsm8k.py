@@ -15,19 +15,30 @@ _NUMBER = re.compile(r"(\-?[0-9\.\,]+)")
 
 def gsm8k(completion: str, answer: str | float, format_score: float = 0.0) -> float:
     """1 for the reference number after `#### `, `format_score` for another number there, 0 for none."""
-    found = _STRICT.findall(completion[-LOOKED_AT_CHARACTERS:])
-    if not found:
+    found = marked_number(completion)
+    if found is None:
         return 0.0
-    return 1.0 if _clean(found[-1]) == reference(answer) else format_score
+    return 1.0 if found == reference(answer) else format_score
 
 
 def gsm8k_flexible(completion: str, answer: str | float, format_score: float = 0.0) -> float:
     """As `gsm8k`, for the last number of the text, wherever it stands; its commas and dots are kept, as in verl."""
-    found = _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:])
-    if not found:
+    found = last_number(completion)
+    if found is None:
         return 0.0
-    last = next((number for number in reversed(found) if number != "."), ".")
-    return 1.0 if last == reference(answer) else format_score
+    return 1.0 if found == reference(answer) else format_score
+
+
+def marked_number(completion: str) -> str | None:
+    """The number behind the last `#### `, without commas; None if there is none."""
+    found = _STRICT.findall(completion[-LOOKED_AT_CHARACTERS:])
+    return found[-1].replace(",", "").replace("$", "") if found else None
+
+
+def last_number(completion: str) -> str | None:
+    """The last number as it stands; a dot by itself only where there is nothing else, None if there is none."""
+    found = _NUMBER.findall(completion[-LOOKED_AT_CHARACTERS:])
+    return next((number for number in reversed(found) if number != "."), ".") if found else None
 
 
 def reference(answer: str | float) -> str:
@@ -39,7 +50,3 @@ def reference(answer: str | float) -> str:
         return f"{answer:.0f}" if answer == int(answer) else str(answer)
     found = _STRICT.search(answer)
     return (found.group(1) if found else answer.strip()).replace(",", "")
-
-
-def _clean(number: str) -> str:
-    return number.replace(",", "").replace("$", "")

@@ -56,6 +56,29 @@ def math_accuracy_swift(completion: str, answer: Any, unreadable: float | None =
     return _is_equal(gold, _parse(answered.group(1).strip(), extraction_mode="first_match"))
 
 
+def boxed(completion: str) -> str | None:
+    """The answer that `math_accuracy` compares, as math-verify spells it: 1/2 for every half; None without one."""
+    return _spelled(_latex(completion))
+
+
+def boxed_behind_reasoning(completion: str) -> str | None:
+    """Likewise, of `math_accuracy_reasoning`."""
+    _, closed, rest = completion.rpartition(_END_OF_REASONING)
+    return boxed(rest) if closed else None
+
+
+def tagged(completion: str) -> str | None:
+    """Likewise, of `math_accuracy_swift`."""
+    answered = _ANSWER.search(completion)
+    if answered is None:
+        return boxed(completion)
+    return _spelled(parse(answered.group(1).strip(), extraction_mode="first_match", parsing_timeout=None))
+
+
+def _spelled(found: Any) -> str | None:
+    return str(found[0]) if found else None
+
+
 def _reference(answer: Any) -> str:
     """What follows the last ####, else everything: in a whole solution math-verify may take another number."""
     return str(answer).rpartition("####")[2]

@@ -67,11 +67,17 @@ _REWRITTEN = tuple(
 
 def math_dapo(completion: str, answer: Any, strict_box: bool = False) -> float:
     r"""1 if the last `Answer:` line is the reference, else -1; strict_box: the last \boxed, compared as it stands."""
-    seen, reference = completion[-LOOKED_AT_CHARACTERS:], str(answer)
+    reference = str(answer) if strict_box else normalised(str(answer))
+    return 1.0 if stated_answer(completion, strict_box) == reference else -1.0
+
+
+def stated_answer(completion: str, strict_box: bool = False) -> str | None:
+    """What is compared with the reference; None if nothing is stated."""
+    seen = completion[-LOOKED_AT_CHARACTERS:]
     if strict_box:
-        return 1.0 if last_box(seen[-LOOKED_AT_FOR_A_BOX:]) == reference else -1.0
+        return last_box(seen[-LOOKED_AT_FOR_A_BOX:])
     found = _ANSWER.findall(seen)
-    return 1.0 if found and normalised(found[-1]) == normalised(reference) else -1.0
+    return normalised(found[-1]) if found else None
 
 
 def normalised(text: str) -> str:

@@ -101,6 +101,10 @@ class RewardModel:
         """Every outcome of the batch is set when this returns."""
         try:
             values, reasons = await self._scores(batch)
+        except asyncio.CancelledError:
+            for asked in batch:
+                asked.fail("this generator leaves")
+            raise
         except Exception as error:  # of one batch: whatever it is, nobody may be left waiting
             reason = str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {error}"
             log.warning("%s: %d completions have no score: %s", REWARD_MODEL, len(batch), reason)

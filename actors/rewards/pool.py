@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.rewards.process import RewardFailed, WorkerProcess
+from protocol.brought_code import shown_name
 from protocol.errors import ConfigError
 from protocol.fields import MAX_METRICS, MAX_NAME
 from protocol.sections import RewardsConfig
@@ -27,18 +28,28 @@ class Scored:
 
     values: list[list[float | None]]  # [functions][completions]; None: no opinion
     metrics: list[dict[str, float]]  # [completions], by FUNCTION/KEY
+    answers: list[dict[str, str]]  # [completions], in an evaluation: the final answer found, by function
 
 
 class RewardPool:
     """`start` it, `score` with it, `close` it."""
 
-    def __init__(self, settings: RewardsConfig, max_tokens: int) -> None:
-        self._settings, self._max_tokens = settings, max_tokens
-        self._idle: asyncio.Queue[WorkerProcess | None] = (
-            asyncio.Queue()
-        )  # None: killed, to be started by the next call
+    def __init__(
+        self,
+        settings: RewardsConfig,
+        max_tokens: int,
+        *,
+        names: Sequence[str] | None = None,
+        num_trained: int | None = None,
+    ) -> None:
+        """`names`: what results call the functions, where code has another file's name here than in the run.
+
+        `num_trained`: only so many of the functions, the first, score what is trained; None: all.
+        """
+        self._names = [shown_name(function.use) for function in settings.functions] if names is None else names
+        self._settings, self._max_tokens, self._num_trained = settings, max_tokens, num_trained
+        self._idle: asyncio.Queue[WorkerProcess | None] = asyncio.Queue()  # None: killed, the next call starts another
         self._workers: set[WorkerProcess] = set()
-        self.names: list[str] = []
 
     async def start(self) -> None:
         """Raises ConfigError if a function cannot be resolved."""
@@ -51,6 +62,8 @@ class RewardPool:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Any],
         version: int,
+        *,
+        evaluating: bool = False,
     ) -> Scored:
         """What every function says of one prompt's completions. Raises RewardFailed if one does not.
 
@@ -62,6 +75,7 @@ class RewardPool:
             "columns": columns,
             "version": version,
         }
+        call |= {"evaluating": True} if evaluating else {"num_functions": self._num_trained}
         worker = await self._idle.get()
         healthy: WorkerProcess | None = None
         try:
@@ -82,7 +96,8 @@ class RewardPool:
             raise RewardFailed(f"{worker.calling} raised {answer['failed']}")
         for metrics in answer["metrics"]:
             _check_metrics(metrics)
-        return Scored(answer["values"], answer["metrics"])
+        answers = [{name: text[:MAX_NAME] for name, text in found.items()} for found in answer["answers"]]
+        return Scored(answer["values"], answer["metrics"], answers)
 
     async def close(self) -> None:
         for worker in list(self._workers):
@@ -98,7 +113,8 @@ class RewardPool:
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/")}
         worker = await WorkerProcess.start("worker", environment)
         self._workers.add(worker)
-        functions = [(function.use, function.weight, dict(function.args)) for function in self._settings.functions]
+        named = zip(self._names, self._settings.functions, strict=True)
+        functions = [(name, function.use, function.weight, dict(function.args)) for name, function in named]
         try:
             async with asyncio.timeout(START_S):
                 answer = await worker.ask({"functions": functions, "max_tokens": self._max_tokens})
@@ -110,7 +126,6 @@ class RewardPool:
         if reason:
             await self._discard(worker)
             raise ConfigError(f"the reward code cannot be loaded: {reason}")
-        self.names = answer["ready"]
         return worker
 
 

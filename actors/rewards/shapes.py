@@ -10,7 +10,8 @@ Runs in a reward worker. Functions are told apart by their parameters, classes a
 Each may be async. TRL's completions are chat messages where the row's prompt is, as there. A function gets those of its
 settings, of `completion_ids`, `max_tokens` and of the row's columns that it has parameters for, in this order; in TRL's
 shape and ms-swift's also `log_metric`, `log_extra` and `trainer_state` (`logs.py`). A value is a number, None (no
-opinion), or a dict with `score`, whose other numbers become metrics.
+opinion), or a dict with `score`, whose other numbers become metrics, and whose `pred` is the answer that evaluations
+take a majority of.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Opinion(NamedTuple):
 
     value: float | None
     metrics: dict[str, float]  # by the function's own keys
+    answer: str | None = None  # the final answer that it found in the text, where it says so: `pred`, as in verl
 
 
 Opinions = list[Opinion]
@@ -153,15 +155,16 @@ def _finished(results: list[Any]) -> list[Any]:
 
 def opinion_of(returned: Any) -> Opinion:
     """What a function returned, as a finite number or None. Raises ValueError for anything else."""
-    value, beside = returned, {}
+    value, beside, answer = returned, {}, None
     if isinstance(returned, Mapping):
         if "score" not in returned:
             raise ValueError(f"expected score among the keys of what it returned, got {', '.join(map(str, returned))}")
         value = returned["score"]
+        answer = None if returned.get("pred") is None else str(returned["pred"])
         beside = {str(key): float(each) for key, each in returned.items() if key != "score" and isinstance(each, Real)}
     if value is not None and not math.isfinite(value := float(value)):
         raise ValueError(f"expected a finite number, got {value}")
-    return Opinion(value, _finite(beside))
+    return Opinion(value, _finite(beside), answer)
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float]:

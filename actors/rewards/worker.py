@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from actors.rewards.pipe import read, start_of_worker, write
@@ -25,8 +26,8 @@ def main() -> None:
     while (call := read(incoming)) is not None:
         try:
             if "functions" in call:
-                rewards = [resolve(*function, call["max_tokens"]) for function in call["functions"]]
-                write(outgoing, {"ready": [reward.name for reward in rewards]})
+                rewards = [replace(resolve(*each, call["max_tokens"]), name=name) for name, *each in call["functions"]]
+                write(outgoing, {"ready": True})
             else:
                 write(outgoing, score(rewards, call, outgoing))
         except ConfigError as error:
@@ -36,16 +37,22 @@ def main() -> None:
 
 
 def score(rewards: list[Reward], call: dict[str, Any], outgoing: BinaryIO) -> dict[str, Any]:
-    """Values [functions][completions], and metrics of each completion by FUNCTION/KEY."""
+    """Values [functions][completions]; metrics of each completion by FUNCTION/KEY; its answers in an evaluation."""
     values: list[list[float | None]] = []
     metrics: list[dict[str, float]] = [{} for _ in call["completions"]]
-    for reward in rewards:
+    answers: list[dict[str, str]] = [{} for _ in call["completions"]]
+    for reward in rewards[: call.get("num_functions")]:
         write(outgoing, {"calling": reward.name})
         opinions = reward.score(call["completions"], call["completion_ids"], call["columns"], call["version"])
         values.append([opinion.value for opinion in opinions])
         for found, opinion in zip(metrics, opinions, strict=True):
             found |= {f"{reward.name}/{key}": number for key, number in opinion.metrics.items()}
-    return {"values": values, "metrics": metrics}
+        if "evaluating" in call:
+            for text, opinion, said in zip(call["completions"], opinions, answers, strict=True):
+                answer = reward.final_answer(text, opinion)
+                if answer is not None:
+                    said[reward.name] = answer.encode(errors="replace").decode()
+    return {"values": values, "metrics": metrics, "answers": answers}
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def xml_correctness(completion: str, answer: str | float) -> float:
     return 2.0 if _extracted(completion) == reference.strip() else 0.0
 
 
+def tagged_text(completion: str) -> str | None:
+    """The answer that is compared; None where there are no tags."""
+    return _extracted(completion) if "<answer>" in completion else None
+
+
 def _extracted(completion: str) -> str:
     """What stands behind the last <answer>, up to </answer>; the whole text where there are no tags."""
     return completion.split("<answer>")[-1].split("</answer>")[0].strip()

@@ -76,12 +76,13 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.evaluation = [Prompt(n, n, TOKENS) for n in range(self.world.load.num_evaluation_prompts)]
+        self.evaluation_sources = ["rows"] * len(self.evaluation)
 
     def prompt(self, number: int) -> Prompt | Unusable:
         every = self.world.load.unusable_every
         return Unusable(number, TOO_LONG) if every and number % every == 0 else Prompt(number, number, TOKENS)
 
-    def decode(self, tokens: np.ndarray) -> str:
+    def decode(self, tokens: np.ndarray, *, skip_special_tokens: bool = True) -> str:
         return str(tokens.tolist())
 
 
