@@ -75,7 +75,7 @@ def cut_down(name: str, task: Path, engine: str) -> dict[str, str | int]:
         "data.max_prompt_tokens": min(config.data.max_prompt_tokens, 400),
         "evaluation.max_prompts": NUM_HELD_OUT,
     }
-    if to_make != "demo":
+    if not to_make.startswith("demo"):
         changed["data.train"] = str(task / ("numina" if config.data.prompt_column else "gsm8k"))
     if not to_make:
         changed["model.path"] = str(task / "model")

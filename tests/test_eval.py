@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protocol.errors import Exit
 from tests.cluster_process import START_S, ClusterProcess, lines_of
 from tests.easy_task import MAX_TOKENS, make_easy_task
-from tools.eval import find_model, main
+from tools.eval import find_model, main, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """def strict(completion, answer):
@@ -140,3 +140,9 @@ def test_a_model_that_is_none_and_a_damaged_checkpoint_are_told_before_anything_
         assert "error: expected a run with a checkpoint, found none in" in said
     finally:
         file.write_bytes(whole)
+
+
+def test_a_runs_rollout_makes_the_completions_of_its_evaluations_too(tmp_path: Path) -> None:
+    settings = {"rollout": {"use": "calculator", "timeout_s": 7.0}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    assert {name: recipe(tmp_path)["rollout"][name] for name in ("use", "timeout_s")} == settings["rollout"]
