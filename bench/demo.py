@@ -37,10 +37,10 @@ class Outcome(NamedTuple):
         return self.exit_code == 0 and low <= self.before <= high and self.after - self.before >= GAINS and in_time
 
 
-def run_demo(seed: int, out: Path, arguments: Sequence[str] = ()) -> Outcome:
-    """One demo as a user starts it; its folder is out/demo-seed-<seed>."""
-    name = f"demo-seed-{seed}-{time.strftime('%H%M%S')}"
-    command = [sys.executable, str(ROOT / "launch" / "cluster.py"), "--recipe", "demo", "--seed", str(seed)]
+def run_demo(seed: int, out: Path, arguments: Sequence[str] = (), *, recipe: str = "demo") -> Outcome:
+    """One demo as a user starts it; its folder is out/<recipe>-seed-<seed>."""
+    name = f"{recipe}-seed-{seed}-{time.strftime('%H%M%S')}"
+    command = [sys.executable, str(ROOT / "launch" / "cluster.py"), "--recipe", recipe, "--seed", str(seed)]
     started = time.monotonic()
     ended = subprocess.run([*command, "--out", str(out), "--run-name", name, *arguments], check=False)
     seconds = time.monotonic() - started
