@@ -207,16 +207,17 @@ LEASE = Lease(LeaseKind.TRAIN, Prompt(5, 2, np.arange(3, dtype=np.int32)), 4, 8,
     sample=st.integers(0, 7),
     rewards=st.dictionaries(st.text(max_size=9), st.none() | st.floats(-9, 9)),
     metrics=st.dictionaries(st.text(max_size=9), st.floats(allow_nan=False, allow_infinity=False), max_size=5),
+    answers=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=5),
 )
 def test_a_completion_reaches_the_broker_as_the_engine_gave_it(
-    made: Completion, sample: int, rewards: dict[str, float | None], metrics: dict[str, float]
+    made: Completion, sample: int, rewards: dict[str, float | None], metrics: dict[str, float], answers: dict[str, str]
 ) -> None:
-    sent = outcomes.result(LEASE, sample, 3, made, 0.5, rewards, metrics)
+    sent = outcomes.result(LEASE, sample, 3, made, 0.5, rewards, metrics, answers)
     back = decode(frames_of(sent, HEADER)).message
     assert isinstance(back, Result)
     found = trajectory(back)
     assert (found.prompt, found.attempt, found.sample, found.error) == (5, 4, sample, "")
-    assert (found.reward, found.rewards, found.metrics) == (0.5, rewards, metrics)
+    assert (found.reward, found.rewards, found.metrics, found.answers) == (0.5, rewards, metrics, answers)
     assert found.completion is not None
     for name in Completion.__slots__:
         assert same(getattr(made, name), getattr(found.completion, name)), name

@@ -238,6 +238,7 @@ def as_samples(
             "group_rewards": rewards[place // GROUP].tolist(),
             "prompt_tokens": len(prompt.tokens),
             "completion_tokens": len(completion.tokens),
+            "observed_tokens": 0,
             "finish_reason": completion.finish_reason.value,
             "versions": [[step, 0, len(completion.tokens)]],
         }
