@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.devices import detect
+from launch.memory import RewardModelSize
 from launch.model_shape import ModelShape
 from launch.plan import Devices
 from protocol.accelerators import ORDER, candidates
@@ -26,6 +28,9 @@ SNAPSHOTS = 3
 
 With adapters those are small, and the model is there once, as their base.
 """
+
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, as that library has it."""
 
 
 def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
@@ -94,6 +99,30 @@ def model_shape(model: str) -> ModelShape | None:
     except (OSError, ValueError):
         return None
     return ModelShape.of(config if isinstance(config, dict) else None)
+
+
+def sizes(config: Config) -> tuple[ModelShape | None, RewardModelSize | None]:
+    """Of model and reward model, where they share a card and are known."""
+    if not config.run.share_gpu:
+        return None, None
+    folder = config.rewards.model.path
+    return model_shape(config.model.path), reward_model_size(Path(folder)) if folder else None
+
+
+def reward_model_size(folder: Path) -> RewardModelSize:
+    """By the headers of its weights' files. Raises ConfigError naming one that cannot be read."""
+    number = 0
+    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)))
+            number += sum(math.prod(told["shape"]) for name, told in header.items() if name != "__metadata__")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"expected the reward model's weights as safetensors in {path}, cannot read its header: {error}; fetch "
+                "it again, or set rewards.model.path"
+            ) from None
+    return RewardModelSize(number, model_shape(str(folder)))
 
 
 def check_packages(config: Config) -> None:

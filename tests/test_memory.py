@@ -14,10 +14,10 @@ import transformers
 
 from launch.cluster import main
 from launch.flags import parse
-from launch.memory import GIB, MemorySplit, learner_parts
+from launch.memory import GIB, MemorySplit, RewardModelSize, learner_parts
 from launch.model_shape import ModelShape
 from launch.plan import SHARED, Devices, Paths, implied_settings, plan
-from launch.preflight import model_shape
+from launch.preflight import model_shape, reward_model_size
 from launch.run_folder import RunFolder
 from launch.supervisor import Verdict
 from learner.batches import empty_micro_batch
@@ -26,9 +26,10 @@ from learner.ranks import Ranks
 from protocol.accelerators import Card
 from protocol.addresses import Addresses
 from protocol.config import Config
-from protocol.errors import Exit, PreflightError
+from protocol.errors import ConfigError, Exit, PreflightError
 from protocol.settings import build
 from tests.models import make_tiny_qwen2
+from tests.reward_models import make_reward_model
 from tests.vendor_tools import add_nvidia, claim_cuda_torch, path_with
 
 QWEN_HALF_B = ModelShape("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True, False, False)
@@ -231,6 +232,40 @@ def test_the_split_is_spelled_out_and_adds_up() -> None:
     assert "model's size is not known here" in dict(split(config(), None).notes())["memory"]
 
 
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_reward_model_is_as_large_as_its_files_say(encoder: bool, tmp_path: Path) -> None:
+    """Of a family whose shape is known, and of one that is not."""
+    folder = make_reward_model(tmp_path, encoder=encoder)
+    size = reward_model_size(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert size.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (size.shape is None) == encoder
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ConfigError, match=r"cannot read its header: .*; fetch it again, or set rewards\.model\.path"):
+        reward_model_size(folder)
+
+
+def test_each_generators_reward_model_takes_its_part_of_the_card() -> None:
+    size = RewardModelSize(GIB, QWEN_HALF_B)
+
+    def made(count: int = 1, **settings: Any) -> MemorySplit:
+        given = completed(config(count=count, rewards={"model": {"path": "m", **settings}}), QWEN_HALF_B)
+        return MemorySplit.of(given, QWEN_HALF_B, 80 * GIB, size)
+
+    notes = dict(made(count=2).notes())
+    assert notes["  scoring"].startswith("4.8 GiB, a reward model for each of 2 generators: weights 2.00, compute ~")
+    assert "reward model" not in " ".join(dict(made(device="cpu").notes()).values())
+    without, left = dict(split(config()).notes())["  left"], dict(made().notes())["  left"]
+    assert float(left.split()[0][1:]) < float(without.split()[0][1:]) - 2.0
+    made(dtype="float32").check()
+    size = RewardModelSize(9 * GIB, None)
+    with pytest.raises(PreflightError, match=r"set vllm\.gpu_memory_utilization to 0\.\d\d or less, or set rewards"):
+        made(dtype="float32").check()
+    size = RewardModelSize(40 * GIB, None)
+    with pytest.raises(PreflightError, match=r"the reward model's 80\.0 GiB; set rewards\.model\.device cpu, set lora"):
+        made().check()
+
+
 def test_the_shares_are_worked_out_anew_when_a_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,9 +292,10 @@ def test_a_dry_run_with_share_gpu_shows_who_takes_what(
     assert "memory      one card, 140.4 GiB" in said
     assert "vllm.gpu_memory_utilization = 0.45  (because of --share-gpu)" in said
     assert "vllm.kv_cache_memory_bytes = " in said
-    assert main((*flags, "--json")) == Exit.DONE
+    scored = ("--reward-model", str(make_reward_model(tmp_path / "scores")))
+    assert main((*flags, *scored, "--json")) == Exit.DONE
     fields = json.loads(capsys.readouterr().out)
-    assert set(fields["memory"]) == {"memory", "learner", "generator", "left"}
+    assert set(fields["memory"]) == {"memory", "learner", "generator", "scoring", "left"}
     assert {p["env"]["CUDA_VISIBLE_DEVICES"] for p in fields["processes"] if p["name"] != "broker"} == {"0"}
 
 
