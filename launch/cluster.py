@@ -86,7 +86,7 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
     preflight.check_device(settings.config, devices, environ)
-    shape, reward_model = preflight.sizes(settings.config)
+    shape, reward_model = preflight.sizes(settings.config, fetch=not command.dry_run)
     settings = settings.override(implied_settings(settings.config, devices, shape))
     paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
     planned = plan(settings.config, devices, paths, resume=resumed is not None, shape=shape, reward_model=reward_model)
@@ -237,8 +237,12 @@ def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:
     lines = [f"{run_dir} (nothing is started)", ""]
     lines += [f"{process.name:<13} {process.device:<10} {' '.join(process.argv)}" for process in planned.processes]
     lines += ["", *_columns([*planned.notes, *planned.memory]), ""]
-    given = [(value.key, value.value, value.origin) for value in settings.values.values()]
+    given = [(value.key, _on_one_line(value.value), value.origin) for value in settings.values.values()]
     return "\n".join([*lines, *(f"{key} = {value}  ({origin})" for key, value, origin in given)])
+
+
+def _on_one_line(value: object) -> object:
+    return repr(value) if isinstance(value, str) and "\n" in value else value
 
 
 def _show(text: str) -> None:

@@ -86,27 +86,29 @@ def _cpu_build(package: str) -> str:
     return f"{package} {version}" if version.endswith("+cpu") else ""
 
 
-def model_shape(model: str) -> ModelShape | None:
-    """Of a folder, or of a name whose files are in Hugging Face's cache; None where its config.json is not here."""
+def model_shape(model: str, fetch: bool = False) -> ModelShape | None:
+    """Of a folder, or of a name on Hugging Face; None where its config.json is not here, nor can be fetched."""
     folder = Path(model)
     found: Any = folder / "config.json" if folder.is_dir() else None
-    if found is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model, "config.json") if model.count("/") <= 1 and model else None
     try:
+        if found is None and model and model.count("/") <= 1:
+            import huggingface_hub
+
+            found = huggingface_hub.try_to_load_from_cache(model, "config.json")
+            if fetch and not isinstance(found, str):
+                found = huggingface_hub.hf_hub_download(model, "config.json")
         config = json.loads(Path(found).read_text()) if isinstance(found, (str, Path)) else None
     except (OSError, ValueError):
         return None
     return ModelShape.of(config if isinstance(config, dict) else None)
 
 
-def sizes(config: Config) -> tuple[ModelShape | None, RewardModelSize | None]:
-    """Of model and reward model, where they share a card and are known."""
+def sizes(config: Config, fetch: bool) -> tuple[ModelShape | None, RewardModelSize | None]:
+    """Of model and reward model, where they share a card and are known. `fetch`: a config.json that is not here."""
     if not config.run.share_gpu:
         return None, None
     folder = config.rewards.model.path
-    return model_shape(config.model.path), reward_model_size(Path(folder)) if folder else None
+    return model_shape(config.model.path, fetch), reward_model_size(Path(folder)) if folder else None
 
 
 def reward_model_size(folder: Path) -> RewardModelSize:

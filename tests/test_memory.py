@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from launch.cluster import main
 from launch.flags import parse
 from launch.memory import GIB, MemorySplit, RewardModelSize, learner_parts
 from launch.model_shape import ModelShape
 from launch.plan import SHARED, Devices, Paths, implied_settings, plan
-from launch.preflight import model_shape, reward_model_size
+from launch.preflight import model_shape, reward_model_size, sizes
 from launch.run_folder import RunFolder
 from launch.supervisor import Verdict
 from learner.batches import empty_micro_batch
@@ -230,6 +231,26 @@ def test_the_split_is_spelled_out_and_adds_up() -> None:
     tight = dict(split(config(learner={"micro_batch_tokens": 1 << 20})).notes())
     assert tight["  left"].endswith("set learner.micro_batch_tokens lower")
     assert "model's size is not known here" in dict(split(config(), None).notes())["memory"]
+
+
+def test_a_start_fetches_the_shape_of_a_model_that_is_not_here_yet_and_a_dry_run_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first run of a model would leave vLLM to measure the card, and the second not."""
+    make_tiny_qwen2(tmp_path, tied=True)
+    fetched = {("some/model", "config.json"): str(tmp_path / "config.json")}
+
+    def fetch(model: str, file: str) -> str:
+        if (model, file) not in fetched:
+            raise LocalEntryNotFoundError(f"{model} is nowhere")
+        return fetched[model, file]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    wanted = config(model={"path": "some/model"})
+    assert sizes(wanted, fetch=False) == (None, None)
+    assert sizes(wanted, fetch=True) == (model_shape(str(tmp_path)), None)
+    assert sizes(config(model={"path": "other/model"}), fetch=True) == (None, None)
+    assert sizes(config(model={"path": "not a/name"}), fetch=True) == (None, None)
 
 
 @pytest.mark.parametrize("encoder", [False, True])
