@@ -34,8 +34,29 @@ def test_a_flag_of_another_system_is_told_by_its_name_here(words: tuple[str, ...
     assert f"did you mean {meant}?" in refusal(*words)
 
 
+def test_a_whole_command_of_another_system_is_answered_at_once() -> None:
+    swift = "--rlhf_type grpo --model M --reward_funcs accuracy format --use_vllm true --num_generations 7"
+    said = refusal(*swift.split()).splitlines()
+    assert [line.split()[0] for line in said] == ["--rlhf_type", "--reward_funcs", "--use_vllm", "--num_generations"]
+    verl = "data.train_batch_size=256 run.steps=3 trainer.logger=console --genrators 2 run_name=a"
+    said = refusal(*verl.split()).splitlines()
+    assert [line.split()[0] for line in said] == [
+        "--data.train_batch_size",
+        "--trainer.logger",
+        "--genrators",
+        "--run_name",
+    ]
+    assert "did you mean --run.name?" in said[-1]
+
+
 def test_a_name_that_means_something_else_here_sends_to_the_page() -> None:
-    assert refusal("--per_device_train_batch_size", "4").endswith("docs/coming_from.md says how they differ")
+    for name in (
+        "--per_device_train_batch_size",
+        "critic.ppo_micro_batch_size_per_gpu=4",
+        "data.max_prompt_length=512",
+    ):
+        assert refusal(name).endswith("docs/coming_from.md says how they differ")
+        assert "did you mean --" in refusal(name)
     assert refusal("--lora_rank", "8").endswith("did you mean --lora.rank?")
 
 
