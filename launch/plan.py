@@ -114,7 +114,8 @@ def plan(
         env = everyone | nothing | _see(devices, cards)
         processes.append(Process(name, ProcessRole.GENERATOR, argv, env, device))
     if not (config.run.share_gpu and devices.cards):
-        return Plan(tuple(processes), _notes(config, devices))
+        memory = (("memory", "--share-gpu: there is no card to share, all of it runs on the processor"),)
+        return Plan(tuple(processes), _notes(config, devices), memory if config.run.share_gpu else ())
     split = MemorySplit.of(config, shape, devices.cards[0].memory_bytes, reward_model)
     split.check()
     return Plan(tuple(processes), _notes(config, devices), split.notes())

@@ -20,6 +20,7 @@ VERL: Mapping[str, str] = {
     "data.response_key": "data.answer_column",
     "data.micro_batch_size_per_gpu": "learner.micro_batch_tokens",
     "data.train_max_samples": "data.max_rows",
+    "data.val_max_samples": "evaluation.max_prompts",
     "data.filter_overlong_prompts": "data.max_prompt_tokens",
     "data.truncation": "data.max_prompt_tokens",
     "model.partial_pretrain": "model.path",
@@ -56,6 +57,8 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "vllm.tensor_parallel_size",
     "actor_rollout_ref.rollout.gpu_memory_utilization": "vllm.gpu_memory_utilization",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "actor_rollout_ref.rollout.val_kwargs.n": "evaluation.samples",
+    "actor_rollout_ref.rollout.val_kwargs.temperature": "evaluation.temperature",
     "critic.model.path": "critic.path",
     "critic.model.use_remove_padding": "",
     "critic.model.enable_gradient_checkpointing": "learner.gradient_checkpointing",
@@ -87,8 +90,8 @@ VERL: Mapping[str, str] = {
     "trainer.test_freq": "evaluation.every",
     "trainer.total_epochs": "run.epochs",
     "trainer.total_training_steps": "run.steps",
-    "trainer.val_before_train": "evaluation.every",
-    "trainer.val_only": "",
+    "trainer.val_before_train": "evaluation.before_training",
+    "trainer.val_only": "run.evaluation_only",
 }
 """By their dotted names."""
 
@@ -113,6 +116,7 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "dynamic_sample": "algorithm.filter_equal_groups",
     "epsilon": "algorithm.clip_low",
     "epsilon_high": "algorithm.clip_high",
+    "eval_on_start": "evaluation.before_training",
     "eval_steps": "evaluation.every",
     "external_plugins": "rewards.functions",
     "gradient_accumulation_steps": "batch.prompts",
@@ -132,7 +136,6 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "max_length": "data.max_prompt_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
     "max_steps": "run.steps",
-    "model": "model.path",
     "num_generations": "batch.group_size",
     "num_iterations": "algorithm.epochs_per_batch",
     "num_train_epochs": "run.epochs",

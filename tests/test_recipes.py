@@ -114,7 +114,8 @@ def test_the_flags_that_a_recipe_quotes_have_the_values_of_its_settings(name: st
     flags = re.findall(r"--([a-z_]+) ([^\s,;]+)|\b([a-z_.]+[a-z_0-9])='?([^\s,;()']+)", quoted)
     said, compared = build(recipe(name).values).config.model_dump(mode="json"), 0
     for flag, text_of_it in (((a or c), (b or d)) for a, b, c, d in flags):
-        settings = {setting for full, setting in NAMES.items() if full == flag or full.endswith(f".{flag}")}
+        settings = {setting for full, setting in NAMES.items() if full.endswith(f".{flag}")}
+        settings = {NAMES[flag]} if flag in NAMES else settings
         if flag.rpartition(".")[2] in OTHER_UNITS or not settings - {""}:
             continue
         (setting,) = settings
