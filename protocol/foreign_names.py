@@ -195,6 +195,25 @@ OPENRLHF: Mapping[str, str] = {
 NAMES: Mapping[str, str] = {**OPENRLHF, **SWIFT_AND_TRL, **VERL}
 """The name elsewhere -> our setting, the flag resume, or ""."""
 
+REWARDS: Mapping[str, str] = {
+    "accuracy": "math_accuracy_swift",
+    "accuracy_reward": "math_accuracy",
+    "correctness_reward_func": "xml_correctness",
+    "dummy": "length",
+    "format": "think_answer_format",
+    "get_cosine_scaled_reward": "cosine",
+    "get_repetition_penalty_reward": "repetition_tokens",
+    "get_soft_overlong_punishment": "soft_overlong",
+    "int_reward_func": "xml_int",
+    "overlong_buffer": "soft_overlong_swift",
+    "reasoning_accuracy_reward": "math_accuracy_reasoning",
+    "soft_format_reward_func": "xml_soft_format",
+    "strict_format_reward_func": "xml_strict_format",
+    "think_format_reward": "think_format",
+    "xmlcount_reward_func": "xml_count",
+}
+"""Reward functions of the three and of the notebook: the name elsewhere -> ours, where they differ. docs/rewards.md."""
+
 
 def setting_of(key: str) -> str | None:
     """Our setting for a name, as flag or in a recipe; "" if there is none like it, None if nobody has that name."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launch.flags import OWN, parse
 from protocol.errors import ConfigError
-from protocol.foreign_names import NAMES, OPENRLHF, SWIFT_AND_TRL, VERL, setting_of
+from protocol.foreign_names import NAMES, OPENRLHF, REWARDS, SWIFT_AND_TRL, VERL, setting_of
+from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, known_keys
 from protocol.settings import Value, build
+from tests.test_algorithms_page import code_spans
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def refusal(*words: str) -> str:
@@ -80,6 +86,13 @@ def test_every_name_leads_to_a_setting_a_flag_or_to_none() -> None:
     for name, setting in NAMES.items():
         exists = setting in known_keys() or setting.split(".")[0] in PASS_THROUGH or f"--{setting}" in OWN
         assert exists or setting == "", f"{name}: {setting}"
+
+
+def test_a_reward_of_another_system_is_the_one_that_the_page_of_rewards_has_beside_it() -> None:
+    cells = [line.strip("|").split("|") for line in (ROOT / "docs" / "rewards.md").read_text().splitlines()]
+    pairs = {(there, cell[0].strip(" `")) for cell in cells if len(cell) == 4 for there in code_spans(cell[3])}
+    assert set(REWARDS.items()) <= pairs
+    assert set(REWARDS.values()) <= set(BUILT_IN)
 
 
 def test_no_name_is_a_setting_of_ours_or_in_two_tables() -> None:
