@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from launch.cluster import main
+from launch.cluster import DEFAULT_RECIPE, RECIPES, find_recipe, main
 from launch.flags import parse
 from launch.memory import GIB, MemorySplit, RewardModelSize, learner_parts
 from launch.model_shape import ModelShape
@@ -28,7 +29,7 @@ from protocol.accelerators import Card
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError
-from protocol.settings import build
+from protocol.settings import build, read_recipe
 from tests.models import make_tiny_qwen2
 from tests.reward_models import make_reward_model
 from tests.vendor_tools import add_nvidia, claim_cuda_torch, path_with
@@ -211,6 +212,15 @@ def test_each_algorithm_has_the_models_that_it_needs() -> None:
 )
 def test_what_surely_does_not_fit_is_refused_with_what_to_set(given: Config, shape: ModelShape, said: str) -> None:
     assert said in refusal(given, shape)
+
+
+def test_the_page_of_devices_shows_the_table_of_its_command() -> None:
+    page = (RECIPES.parents[1] / "docs" / "devices.md").read_text(encoding="utf-8")
+    command = re.search(r"python launch/cluster\.py (--generators 1 .*) --dry-run", page)
+    assert command
+    given = build(read_recipe(find_recipe(DEFAULT_RECIPE)).values, parse(command[1].split()).values).config
+    notes = [word for note in split(given).notes() for word in " ".join(note).split()]
+    assert " ".join(notes) in " ".join(page.split())
 
 
 def test_what_is_said_to_fit_does() -> None:
