@@ -140,6 +140,7 @@ class MemorySplit:
     cache_tokens: int = 0  # that fit into the cache of one generator
     reward_model: Sequence[Part] = ()  # of one generator's worker
     num_reward_models: int = 0
+    has_adapters: bool = False
 
     @classmethod
     def of(
@@ -156,7 +157,8 @@ class MemorySplit:
         tokens = max(0, share.cache_bytes) // (shape.cache_elements_per_token * itemsize(config))
         scores = reward_model_parts(config, reward_model)
         copies = config.generators.count if scores else 0
-        return cls(card_bytes, count, utilization, learner_parts(config, shape), share, tokens, scores, copies)
+        parts, has_adapters = learner_parts(config, shape), config.lora.rank > 0
+        return cls(card_bytes, count, utilization, parts, share, tokens, scores, copies, has_adapters)
 
     @property
     def needed(self) -> int:
@@ -172,7 +174,8 @@ class MemorySplit:
         """Raises PreflightError, naming what to set, if this surely does not fit."""
         if not self.card_bytes or self.generator is None:
             return
-        card, smaller = gib(self.card_bytes), "set lora.rank 16, take a smaller model, or leave --share-gpu out"
+        card, smaller = gib(self.card_bytes), "take a smaller model, or leave --share-gpu out"
+        smaller = smaller if self.has_adapters else f"set lora.rank 16, {smaller}"
         scored, beside = "", self.needed + self.scoring
         if self.scoring:
             smaller = f"set rewards.model.device cpu, {smaller}"

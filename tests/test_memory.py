@@ -202,6 +202,7 @@ def test_each_algorithm_has_the_models_that_it_needs() -> None:
             QWEN_7B,
             "optimizer of the learner take 141.9 GiB and the generators' weights 14.2 GiB; set lora.rank 16",
         ),
+        (config(lora={"rank": 16}, count=6), QWEN_7B, "generators' weights 85.1 GiB; take a smaller model, or leave"),
         (
             config(lora={"rank": 16}, count=3),
             QWEN_7B,
