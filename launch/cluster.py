@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,14 +86,14 @@ def _main(command: CommandLine, arguments: Sequence[str], environ: Mapping[str, 
         Addresses.from_url(settings.config.network.bind)
     devices = detect(settings.config.run.device, environ)
     preflight.check_device(settings.config, devices, environ)
-    shape = preflight.model_shape(settings.config.model.path) if settings.config.run.share_gpu else None
+    shape, reward_model = preflight.sizes(settings.config, fetch=not command.dry_run)
     settings = settings.override(implied_settings(settings.config, devices, shape))
     paths = Paths(REPOSITORY, run_dir, sys.executable, free_ports(1)[0])
-    planned = plan(settings.config, devices, paths, resume=resumed is not None, shape=shape)
+    planned = plan(settings.config, devices, paths, resume=resumed is not None, shape=shape, reward_model=reward_model)
     if not to_make:
         preflight.check(settings.config)
     if command.dry_run:
-        print(
+        _show(
             _as_json(planned, settings, devices, run_dir) if command.as_json else _as_text(planned, settings, run_dir)
         )
         return int(Exit.DONE)
@@ -235,12 +237,29 @@ def _as_text(planned: Plan, settings: Settings, run_dir: Path) -> str:
     lines = [f"{run_dir} (nothing is started)", ""]
     lines += [f"{process.name:<13} {process.device:<10} {' '.join(process.argv)}" for process in planned.processes]
     lines += ["", *_columns([*planned.notes, *planned.memory]), ""]
-    given = [(value.key, value.value, value.origin) for value in settings.values.values()]
+    given = [(value.key, _on_one_line(value.value), value.origin) for value in settings.values.values()]
     return "\n".join([*lines, *(f"{key} = {value}  ({origin})" for key, value, origin in given)])
 
 
+def _on_one_line(value: object) -> object:
+    return repr(value) if isinstance(value, str) and "\n" in value else value
+
+
+def _show(text: str) -> None:
+    """Print all of it, or as much as whoever reads wants to have (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _columns(notes: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"{topic:<11} {sentence}" for topic, sentence in notes]
+    """As lines no wider than the terminal, or than 80 where there is none."""
+    width, lines = shutil.get_terminal_size().columns, []
+    for topic, sentence in notes:
+        wrapped = textwrap.wrap(sentence, max(40, width - 12), break_long_words=False, break_on_hyphens=False)
+        lines += [f"{topic:<11} {wrapped[0]}", *(f"{'':<11} {more}" for more in wrapped[1:])]
+    return lines
 
 
 def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path) -> str:

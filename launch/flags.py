@@ -123,24 +123,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dotted(words: Sequence[str]) -> Iterator[Value]:
-    """Settings by their names: `--learner.learning_rate 2e-6` or `--learner.learning_rate=2e-6`."""
-    rest = iter(words)
+    """Settings by their names: `--learner.learning_rate 2e-6` or `--learner.learning_rate=2e-6`.
+
+    Raises ConfigError naming all that are none: a command of another system has many.
+    """
+    rest, refused = iter(words), list[str]()
     for word in rest:
-        if not word.startswith("--"):
-            if setting_of(word.partition("=")[0]) is not None:
-                raise unknown(f"--{word.partition('=')[0]}", "on the command line")
-            raise ConfigError(f"expected a flag, got {word!r} on the command line; see --help")
         flag, equals, text = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
-        if not _is_setting(key):
+        if not word.startswith("--") and setting_of(flag) is None:
+            if not refused:  # else it is the value of what was refused
+                raise ConfigError(f"expected a flag, got {word!r} on the command line; see --help")
+            continue
+        if not word.startswith("--") or not _is_setting(key):
             candidates = [*known_keys(), *(name for name, _ in _short_flags()), *OWN]
-            meant = nearest(flag, candidates)
-            raise unknown(flag, "on the command line", [meant if meant.startswith("--") else f"--{meant}"])
+            meant, dashed = nearest(flag, candidates), flag if flag.startswith("--") else f"--{flag}"
+            nearby = meant if meant.startswith("--") else f"--{meant}"
+            refused.append(str(unknown(dashed, "on the command line", [nearby])))
+            continue
         if not equals:
             text = next(rest, "--")
             if text.startswith("--"):
                 raise ConfigError(f"{flag} needs a value, got none on the command line; it means: {describe(key)}")
         yield from_text(key, text, flag)
+    if refused:
+        raise ConfigError("\n".join(refused))
 
 
 def _is_setting(key: str) -> bool:

@@ -1,7 +1,8 @@
 """Who takes how much of a card that learner and generators share. Pure; called by `launch/plan.py`.
 
 Exact, and held against DeepSpeed's own tensors by a test: weights, master copy, moments and gradients of a learner of
-one rank; reference and critic are the same arithmetic. vLLM's share is exact because it is told to take it
+one rank; reference and critic are the same arithmetic. A reward model's weights are counted in its files, once for
+each generator, whose worker loads it. vLLM's share is exact because it is told to take it
 (vllm.gpu_memory_utilization, a part of the whole card), and so are its weights and the cache in it. Rules of thumb,
 marked ~: activations, logits, what vLLM needs to compute, and what driver and libraries take. That a run which surely
 does not fit never starts rests on `MemorySplit.check`; one that passes may still run out of memory.
@@ -9,6 +10,7 @@ does not fit never starts rests on `MemorySplit.check`; one that passes may stil
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,12 @@ class Part:
     what: str
     size: int  # bytes
     is_exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelSize:
+    num_parameters: int
+    shape: ModelShape | None  # None: of a family that is not known, so that what a forward takes is not either
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,20 @@ def learner_parts(config: Config, shape: ModelShape) -> list[Part]:
     return [*parts, Part("activations", kept, False), Part("logits", chunk, False)]
 
 
+def reward_model_parts(config: Config, size: RewardModelSize | None) -> list[Part]:
+    """What the worker of one generator takes of the card; nothing if there is no reward model, or it is elsewhere."""
+    settings = config.rewards.model
+    if size is None or settings.device == "cpu":
+        return []
+    item = 4 if settings.dtype == "float32" else 2
+    parts = [Part("weights", size.num_parameters * item)]
+    if size.shape is not None:
+        longest = settings.max_tokens or config.data.max_prompt_tokens + config.sampling.max_tokens
+        width = 2 * size.shape.intermediate + 4 * size.shape.hidden
+        parts.append(Part("compute", settings.batch_size * longest * width * item, is_exact=False))
+    return parts
+
+
 def _activations_per_token(config: Config, shape: ModelShape) -> int:
     """Numbers that the backward pass needs of one token, about; with checkpoints those of one layer and all borders."""
     attention = (3 * shape.heads + 4 * shape.kv_heads) * shape.head_size
@@ -116,9 +138,14 @@ class MemorySplit:
     learner: Sequence[Part] = ()  # empty: the model's size is not known
     generator: GeneratorShare | None = None
     cache_tokens: int = 0  # that fit into the cache of one generator
+    reward_model: Sequence[Part] = ()  # of one generator's worker
+    num_reward_models: int = 0
+    has_adapters: bool = False
 
     @classmethod
-    def of(cls, config: Config, shape: ModelShape | None, card_bytes: int) -> MemorySplit:
+    def of(
+        cls, config: Config, shape: ModelShape | None, card_bytes: int, reward_model: RewardModelSize | None = None
+    ) -> MemorySplit:
         count = config.generators.count if config.generators.engine == "vllm" else 0
         utilization = float(config.vllm.get("gpu_memory_utilization", 0.0))
         if shape is None:
@@ -128,23 +155,38 @@ class MemorySplit:
             cache = int(config.vllm["kv_cache_memory_bytes"])
             share = replace(share, cache_bytes=cache, budget_bytes=share.weights_bytes + share.compute_bytes + cache)
         tokens = max(0, share.cache_bytes) // (shape.cache_elements_per_token * itemsize(config))
-        return cls(card_bytes, count, utilization, learner_parts(config, shape), share, tokens)
+        scores = reward_model_parts(config, reward_model)
+        copies = config.generators.count if scores else 0
+        parts, has_adapters = learner_parts(config, shape), config.lora.rank > 0
+        return cls(card_bytes, count, utilization, parts, share, tokens, scores, copies, has_adapters)
 
     @property
     def needed(self) -> int:
         """Bytes that the learner surely takes."""
         return sum(part.size for part in self.learner if part.is_exact)
 
+    @property
+    def scoring(self) -> int:
+        """Bytes that reward models surely take."""
+        return self.num_reward_models * sum(part.size for part in self.reward_model if part.is_exact)
+
     def check(self) -> None:
         """Raises PreflightError, naming what to set, if this surely does not fit."""
         if not self.card_bytes or self.generator is None:
             return
-        card, smaller = gib(self.card_bytes), "set lora.rank 16, take a smaller model, or leave --share-gpu out"
+        card, smaller = gib(self.card_bytes), "take a smaller model, or leave --share-gpu out"
+        smaller = smaller if self.has_adapters else f"set lora.rank 16, {smaller}"
+        scored, beside = "", self.needed + self.scoring
+        if self.scoring:
+            smaller = f"set rewards.model.device cpu, {smaller}"
+            scored = f" and the reward model's weights, {gib(self.scoring)},"
         weights, count = self.generator.weights_bytes, self.num_generators
-        if self.needed + count * weights > self.card_bytes:
+        if beside + count * weights > self.card_bytes:
+            also = f", the reward model's {gib(self.scoring)}" if self.scoring else ""
             raise PreflightError(
                 f"--share-gpu: expected learner and generators to fit on one card of {card}, but weights and optimizer "
-                f"of the learner take {gib(self.needed)} and the generators' weights {gib(count * weights)}; {smaller}"
+                f"of the learner take {gib(self.needed)} and the generators' weights {gib(count * weights)}{also}; "
+                f"{smaller}"
             )
         budget = self.generator.budget_bytes
         if count and weights >= budget:
@@ -153,12 +195,12 @@ class MemorySplit:
                 f"{gib(budget)} of {card}; set vllm.gpu_memory_utilization higher than {self.utilization:g}, or fewer "
                 "--generators"
             )
-        if self.needed + count * budget > self.card_bytes:
-            most = math.floor(100 * (self.card_bytes - self.needed) / self.card_bytes / count) / 100
+        if beside + count * budget > self.card_bytes:
+            most = math.floor(100 * (self.card_bytes - beside) / self.card_bytes / count) / 100
             raise PreflightError(
-                f"--share-gpu: expected the learner's weights and optimizer, {gib(self.needed)}, to fit beside the "
-                f"generators' share, {gib(count * budget)} of {card}; set vllm.gpu_memory_utilization to {most:.2f} or "
-                f"less, or {smaller}"
+                f"--share-gpu: expected the learner's weights and optimizer, {gib(self.needed)},{scored} to fit beside "
+                f"the generators' share, {gib(count * budget)} of {card}; set vllm.gpu_memory_utilization to "
+                f"{most:.2f} or less, or {smaller}"
             )
 
     def notes(self) -> tuple[tuple[str, str], ...]:
@@ -172,19 +214,23 @@ class MemorySplit:
                 ("  generator", each),
             )
         learner = sum(part.size for part in self.learner)
-        contexts = CONTEXT_BYTES * (1 + self.num_generators)
+        scoring = self.num_reward_models * sum(part.size for part in self.reward_model)
+        contexts = CONTEXT_BYTES * (1 + self.num_generators + self.num_reward_models)
         share = self.generator
-        left = self.card_bytes - learner - self.num_generators * share.budget_bytes - contexts
+        left = self.card_bytes - learner - self.num_generators * share.budget_bytes - scoring - contexts
         lower = "" if left > 0 else "; too little, if they hold: set learner.micro_batch_tokens lower"
         divided = [Part("weights", share.weights_bytes), Part("KV cache", share.cache_bytes)]
         divided.append(Part("compute", share.compute_bytes, is_exact=False))
+        whose = f"{self.num_reward_models} {'generator' if self.num_reward_models == 1 else 'generators'}"
         notes = [
             ("memory", f"one card, {size}; ~: a rule of thumb"),
             ("  learner", f"{gib(learner)}: {_listed(self.learner)}"),
             ("  generator", f"{gib(share.budget_bytes)}, {each}: {_listed(divided)}; {self.cache_tokens:,} tokens"),
+            ("  scoring", f"{gib(scoring)}, a reward model for each of {whose}: {_listed(self.reward_model)}"),
             ("  left", f"~{gib(left)}, after ~{gib(contexts)} of driver and libraries{lower}"),
         ]
-        return tuple(notes if self.num_generators else [*notes[:2], notes[3]])
+        there = (True, True, bool(self.num_generators), bool(self.num_reward_models), True)
+        return tuple(itertools.compress(notes, there))
 
 
 def gib(size: int) -> str:

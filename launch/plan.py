@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from launch.memory import MemorySplit, generator_share
+from launch.memory import MemorySplit, RewardModelSize, generator_share
 from launch.model_shape import ModelShape
 from protocol.accelerators import BY_KIND, MASKS, Accelerator, Card
 from protocol.config import Config
@@ -79,9 +79,15 @@ class Plan:
 
 
 def plan(
-    config: Config, devices: Devices, paths: Paths, *, resume: bool = False, shape: ModelShape | None = None
+    config: Config,
+    devices: Devices,
+    paths: Paths,
+    *,
+    resume: bool = False,
+    shape: ModelShape | None = None,
+    reward_model: RewardModelSize | None = None,
 ) -> Plan:
-    """Place a run. `shape`: the model's, where it is known.
+    """Place a run. `shape`: the model's, where it is known; `reward_model`: None if there is none.
 
     Raises PreflightError if it does not fit, naming what would.
     """
@@ -108,8 +114,9 @@ def plan(
         env = everyone | nothing | _see(devices, cards)
         processes.append(Process(name, ProcessRole.GENERATOR, argv, env, device))
     if not (config.run.share_gpu and devices.cards):
-        return Plan(tuple(processes), _notes(config, devices))
-    split = MemorySplit.of(config, shape, devices.cards[0].memory_bytes)
+        memory = (("memory", "--share-gpu: there is no card to share, all of it runs on the processor"),)
+        return Plan(tuple(processes), _notes(config, devices), memory if config.run.share_gpu else ())
+    split = MemorySplit.of(config, shape, devices.cards[0].memory_bytes, reward_model)
     split.check()
     return Plan(tuple(processes), _notes(config, devices), split.notes())
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.devices import detect
+from launch.memory import RewardModelSize
 from launch.model_shape import ModelShape
 from launch.plan import Devices
 from protocol.accelerators import ORDER, candidates
@@ -26,6 +28,9 @@ SNAPSHOTS = 3
 
 With adapters those are small, and the model is there once, as their base.
 """
+
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, as that library has it."""
 
 
 def check(config: Config, shared_memory: Path = Path("/dev/shm")) -> None:
@@ -81,19 +86,45 @@ def _cpu_build(package: str) -> str:
     return f"{package} {version}" if version.endswith("+cpu") else ""
 
 
-def model_shape(model: str) -> ModelShape | None:
-    """Of a folder, or of a name whose files are in Hugging Face's cache; None where its config.json is not here."""
+def model_shape(model: str, fetch: bool = False) -> ModelShape | None:
+    """Of a folder, or of a name on Hugging Face; None where its config.json is not here, nor can be fetched."""
     folder = Path(model)
     found: Any = folder / "config.json" if folder.is_dir() else None
-    if found is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model, "config.json") if model.count("/") <= 1 and model else None
     try:
+        if found is None and model and model.count("/") <= 1:
+            import huggingface_hub
+
+            found = huggingface_hub.try_to_load_from_cache(model, "config.json")
+            if fetch and not isinstance(found, str):
+                found = huggingface_hub.hf_hub_download(model, "config.json")
         config = json.loads(Path(found).read_text()) if isinstance(found, (str, Path)) else None
     except (OSError, ValueError):
         return None
     return ModelShape.of(config if isinstance(config, dict) else None)
+
+
+def sizes(config: Config, fetch: bool) -> tuple[ModelShape | None, RewardModelSize | None]:
+    """Of model and reward model, where they share a card and are known. `fetch`: a config.json that is not here."""
+    if not config.run.share_gpu:
+        return None, None
+    folder = config.rewards.model.path
+    return model_shape(config.model.path, fetch), reward_model_size(Path(folder)) if folder else None
+
+
+def reward_model_size(folder: Path) -> RewardModelSize:
+    """By the headers of its weights' files. Raises ConfigError naming one that cannot be read."""
+    number = 0
+    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)))
+            number += sum(math.prod(told["shape"]) for name, told in header.items() if name != "__metadata__")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"expected the reward model's weights as safetensors in {path}, cannot read its header: {error}; fetch "
+                "it again, or set rewards.model.path"
+            ) from None
+    return RewardModelSize(number, model_shape(str(folder)))
 
 
 def check_packages(config: Config) -> None:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 CURVES = {
     "reward/mean": "mean reward of the completions a step trained",
-    "reward/std": "their standard deviation",
+    "reward/std": "standard deviation of a group's rewards, mean over groups",
     "reward/equal_group_frac": "groups whose rewards are all equal: they carry no signal",
     "reward/*": "mean of one reward function before its weight; FUNCTION/KEY: of a number it returned beside",
     "eval/accuracy": "mean@k of the first reward function over all held-out prompts",

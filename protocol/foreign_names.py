@@ -20,6 +20,7 @@ VERL: Mapping[str, str] = {
     "data.response_key": "data.answer_column",
     "data.micro_batch_size_per_gpu": "learner.micro_batch_tokens",
     "data.train_max_samples": "data.max_rows",
+    "data.val_max_samples": "evaluation.max_prompts",
     "data.filter_overlong_prompts": "data.max_prompt_tokens",
     "data.truncation": "data.max_prompt_tokens",
     "model.partial_pretrain": "model.path",
@@ -56,6 +57,8 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "vllm.tensor_parallel_size",
     "actor_rollout_ref.rollout.gpu_memory_utilization": "vllm.gpu_memory_utilization",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "actor_rollout_ref.rollout.val_kwargs.n": "evaluation.samples",
+    "actor_rollout_ref.rollout.val_kwargs.temperature": "evaluation.temperature",
     "critic.model.path": "critic.path",
     "critic.model.use_remove_padding": "",
     "critic.model.enable_gradient_checkpointing": "learner.gradient_checkpointing",
@@ -87,8 +90,8 @@ VERL: Mapping[str, str] = {
     "trainer.test_freq": "evaluation.every",
     "trainer.total_epochs": "run.epochs",
     "trainer.total_training_steps": "run.steps",
-    "trainer.val_before_train": "evaluation.every",
-    "trainer.val_only": "",
+    "trainer.val_before_train": "evaluation.before_training",
+    "trainer.val_only": "run.evaluation_only",
 }
 """By their dotted names."""
 
@@ -104,13 +107,16 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "cosine_min_len_value_correct": "rewards.functions",
     "cosine_min_len_value_wrong": "rewards.functions",
     "dataloader_num_workers": "",
+    "dataset": "data.train",
     "dataset_num_proc": "",
     "deepspeed": "learner.zero",
     "delta": "algorithm.dual_clip",
+    "device_map": "",
     "ds3_gather_for_generation": "",
     "dynamic_sample": "algorithm.filter_equal_groups",
     "epsilon": "algorithm.clip_low",
     "epsilon_high": "algorithm.clip_high",
+    "eval_on_start": "evaluation.before_training",
     "eval_steps": "evaluation.every",
     "external_plugins": "rewards.functions",
     "gradient_accumulation_steps": "batch.prompts",
@@ -138,15 +144,18 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "peft_config": "lora.rank",
     "per_device_eval_batch_size": "evaluation.max_prompts",
     "per_device_train_batch_size": "batch.prompts",
+    "processing_class": "model.path",
     "ref_model_mixup_alpha": "kl.reference_update_rate",
     "ref_model_sync_steps": "kl.reference_update_every",
     "repetition_max_penalty": "rewards.functions",
     "repetition_n_grams": "rewards.functions",
     "report_to": "",
+    "resume_from_checkpoint": "resume",
     "reward_funcs": "rewards.functions",
     "reward_model": "rewards.model.path",
     "reward_weights": "rewards.functions",
     "rlhf_type": "algorithm.advantage",
+    "run_name": "run.name",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "scale_rewards": "algorithm.scale",
@@ -157,6 +166,7 @@ SWIFT_AND_TRL: Mapping[str, str] = {
     "temperature": "sampling.temperature",
     "top_entropy_quantile": "algorithm.top_entropy_frac",
     "torch_dtype": "model.dtype",
+    "train_dataset": "data.train",
     "train_type": "lora.rank",
     "use_vllm": "generators.engine",
     "vllm_device": "generators.count",
@@ -184,6 +194,25 @@ OPENRLHF: Mapping[str, str] = {
 
 NAMES: Mapping[str, str] = {**OPENRLHF, **SWIFT_AND_TRL, **VERL}
 """The name elsewhere -> our setting, the flag resume, or ""."""
+
+REWARDS: Mapping[str, str] = {
+    "accuracy": "math_accuracy_swift",
+    "accuracy_reward": "math_accuracy",
+    "correctness_reward_func": "xml_correctness",
+    "dummy": "length",
+    "format": "think_answer_format",
+    "get_cosine_scaled_reward": "cosine",
+    "get_repetition_penalty_reward": "repetition_tokens",
+    "get_soft_overlong_punishment": "soft_overlong",
+    "int_reward_func": "xml_int",
+    "overlong_buffer": "soft_overlong_swift",
+    "reasoning_accuracy_reward": "math_accuracy_reasoning",
+    "soft_format_reward_func": "xml_soft_format",
+    "strict_format_reward_func": "xml_strict_format",
+    "think_format_reward": "think_format",
+    "xmlcount_reward_func": "xml_count",
+}
+"""Reward functions of the three and of the notebook: the name elsewhere -> ours, where they differ. docs/rewards.md."""
 
 
 def setting_of(key: str) -> str | None:

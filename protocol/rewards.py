@@ -5,6 +5,7 @@ Both ends of a connection compare that identity; the code itself never travels.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from protocol.brought_code import brought_digest, is_brought, is_file, is_there, shown_name
 from protocol.errors import ConfigError
+from protocol.foreign_names import REWARDS
 from protocol.reward_model import REWARD_MODEL, reward_model_digest
 from protocol.rollouts import ENVIRONMENT, SINGLE_TURN
 
@@ -42,9 +44,11 @@ def check_rewards(uses: Sequence[str]) -> None:
         if use in BUILT_IN:
             continue
         if not (is_brought(use) and is_there(use)):
+            near = [REWARDS[use]] if use in REWARDS else difflib.get_close_matches(use, BUILT_IN, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
                 f"expected a reward of {', '.join(BUILT_IN)}, FILE.py:NAME or package.module:NAME, with :NUMBER as its "
-                f"weight, got {use}; set rewards.functions or --reward"
+                f"weight, got {use}; {meant}set rewards.functions or --reward"
             )
         place = use.partition(":")[0]
         if is_file(use) and not Path(place).is_file():

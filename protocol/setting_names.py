@@ -99,12 +99,12 @@ def unknown(key: str, origin: str, candidates: Sequence[str] = ()) -> ConfigErro
         return ConfigError(
             f"{key} is not a setting ({origin}), and there is none like it: {PAGE} says what to do instead"
         )
-    if foreign is None or foreign == meant.lstrip("-"):
+    if foreign is None:
         return ConfigError(f"{key} is not a setting ({origin}); did you mean {meant}?")
     dashes = "--" if key.startswith("--") else ""
-    return ConfigError(
-        f"{key} is not a setting ({origin}); did you mean {dashes}{foreign}? {PAGE} says how they differ"
-    )
+    is_same = parts(key)[1] in (parts(foreign)[1], foreign.replace(".", "_"))  # but for its section
+    differ = "" if is_same else f" {PAGE} says how they differ"
+    return ConfigError(f"{key} is not a setting ({origin}); did you mean {dashes}{foreign}?{differ}")
 
 
 def parts(key: str) -> tuple[str, str]:

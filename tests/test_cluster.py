@@ -92,6 +92,22 @@ def test_a_dry_run_prints_processes_arithmetic_and_origins(capsys: pytest.Captur
     assert "batch.prompts = 4  (--prompts-per-step)" in said
 
 
+def test_a_dry_run_stays_within_eighty_columns_and_ends_quietly_when_nobody_reads_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(("--dry-run", "--device", "cpu")) == Exit.DONE
+    arithmetic = capsys.readouterr().out.split("\n\n")[2]
+    assert max(map(len, arithmetic.splitlines())) <= 80
+    assert "\n            sampled tokens (512 each)\n" in arithmetic
+    command = [sys.executable, str(ROOT / "launch" / "cluster.py"), "--dry-run", "--device", "cpu"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    said = subprocess.run(command, cwd=tmp_path, stdout=write_end, stderr=subprocess.PIPE, timeout=DEADLINE_S)
+    os.close(write_end)
+    assert (said.returncode, said.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.flags import GROUPS, OWN
+from learner.metrics import CURVES
+from learner.states import State
 from protocol.foreign_names import NAMES, PAGE
 from protocol.setting_names import PASS_THROUGH, known_keys
 from tests.test_algorithms_page import code_spans
@@ -96,6 +98,13 @@ def test_every_setting_that_the_page_names_exists() -> None:
     assert len(settings) > 50
     assert not [s for s in settings if s not in known_keys() and s.split(".")[0] not in PASS_THROUGH]
     assert not [s for s in named if s.startswith("--") and s.split()[0] not in flags]
+
+
+def test_every_curve_that_the_page_names_exists() -> None:
+    curves = {span for _, here in rows() for span in code_spans(here) if re.fullmatch(r"[a-z]+/[a-z_]+", span)}
+    assert len(curves) > 25
+    assert not [curve for curve in curves if curve not in CURVES and not curve.startswith("time/")]
+    assert not [curve for curve in curves if curve.startswith("time/") and curve.partition("/")[2] not in set(State)]
 
 
 @pytest.mark.parametrize("name", NAMES)

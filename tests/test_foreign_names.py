@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launch.flags import OWN, parse
 from protocol.errors import ConfigError
-from protocol.foreign_names import NAMES, OPENRLHF, SWIFT_AND_TRL, VERL, setting_of
+from protocol.foreign_names import NAMES, OPENRLHF, REWARDS, SWIFT_AND_TRL, VERL, setting_of
+from protocol.rewards import BUILT_IN
 from protocol.setting_names import PASS_THROUGH, known_keys
 from protocol.settings import Value, build
+from tests.test_algorithms_page import code_spans
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def refusal(*words: str) -> str:
@@ -34,8 +40,29 @@ def test_a_flag_of_another_system_is_told_by_its_name_here(words: tuple[str, ...
     assert f"did you mean {meant}?" in refusal(*words)
 
 
+def test_a_whole_command_of_another_system_is_answered_at_once() -> None:
+    swift = "--rlhf_type grpo --model M --reward_funcs accuracy format --use_vllm true --num_generations 7"
+    said = refusal(*swift.split()).splitlines()
+    assert [line.split()[0] for line in said] == ["--rlhf_type", "--reward_funcs", "--use_vllm", "--num_generations"]
+    verl = "data.train_batch_size=256 run.steps=3 trainer.logger=console --genrators 2 run_name=a"
+    said = refusal(*verl.split()).splitlines()
+    assert [line.split()[0] for line in said] == [
+        "--data.train_batch_size",
+        "--trainer.logger",
+        "--genrators",
+        "--run_name",
+    ]
+    assert "did you mean --run.name?" in said[-1]
+
+
 def test_a_name_that_means_something_else_here_sends_to_the_page() -> None:
-    assert refusal("--per_device_train_batch_size", "4").endswith("docs/coming_from.md says how they differ")
+    for name in (
+        "--per_device_train_batch_size",
+        "critic.ppo_micro_batch_size_per_gpu=4",
+        "data.max_prompt_length=512",
+    ):
+        assert refusal(name).endswith("docs/coming_from.md says how they differ")
+        assert "did you mean --" in refusal(name)
     assert refusal("--lora_rank", "8").endswith("did you mean --lora.rank?")
 
 
@@ -59,6 +86,13 @@ def test_every_name_leads_to_a_setting_a_flag_or_to_none() -> None:
     for name, setting in NAMES.items():
         exists = setting in known_keys() or setting.split(".")[0] in PASS_THROUGH or f"--{setting}" in OWN
         assert exists or setting == "", f"{name}: {setting}"
+
+
+def test_a_reward_of_another_system_is_the_one_that_the_page_of_rewards_has_beside_it() -> None:
+    cells = [line.strip("|").split("|") for line in (ROOT / "docs" / "rewards.md").read_text().splitlines()]
+    pairs = {(there, cell[0].strip(" `")) for cell in cells if len(cell) == 4 for there in code_spans(cell[3])}
+    assert set(REWARDS.items()) <= pairs
+    assert set(REWARDS.values()) <= set(BUILT_IN)
 
 
 def test_no_name_is_a_setting_of_ours_or_in_two_tables() -> None:

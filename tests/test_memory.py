@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from launch.cluster import main
+from launch.cluster import DEFAULT_RECIPE, RECIPES, find_recipe, main
 from launch.flags import parse
-from launch.memory import GIB, MemorySplit, learner_parts
+from launch.memory import GIB, MemorySplit, RewardModelSize, learner_parts
 from launch.model_shape import ModelShape
 from launch.plan import SHARED, Devices, Paths, implied_settings, plan
-from launch.preflight import model_shape
+from launch.preflight import model_shape, reward_model_size, sizes
 from launch.run_folder import RunFolder
 from launch.supervisor import Verdict
 from learner.batches import empty_micro_batch
@@ -26,9 +28,10 @@ from learner.ranks import Ranks
 from protocol.accelerators import Card
 from protocol.addresses import Addresses
 from protocol.config import Config
-from protocol.errors import Exit, PreflightError
-from protocol.settings import build
+from protocol.errors import ConfigError, Exit, PreflightError
+from protocol.settings import build, read_recipe
 from tests.models import make_tiny_qwen2
+from tests.reward_models import make_reward_model
 from tests.vendor_tools import add_nvidia, claim_cuda_torch, path_with
 
 QWEN_HALF_B = ModelShape("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True, False, False)
@@ -199,6 +202,7 @@ def test_each_algorithm_has_the_models_that_it_needs() -> None:
             QWEN_7B,
             "optimizer of the learner take 141.9 GiB and the generators' weights 14.2 GiB; set lora.rank 16",
         ),
+        (config(lora={"rank": 16}, count=6), QWEN_7B, "generators' weights 85.1 GiB; take a smaller model, or leave"),
         (
             config(lora={"rank": 16}, count=3),
             QWEN_7B,
@@ -209,6 +213,15 @@ def test_each_algorithm_has_the_models_that_it_needs() -> None:
 )
 def test_what_surely_does_not_fit_is_refused_with_what_to_set(given: Config, shape: ModelShape, said: str) -> None:
     assert said in refusal(given, shape)
+
+
+def test_the_page_of_devices_shows_the_table_of_its_command() -> None:
+    page = (RECIPES.parents[1] / "docs" / "devices.md").read_text(encoding="utf-8")
+    command = re.search(r"python launch/cluster\.py (--generators 1 .*) --dry-run", page)
+    assert command
+    given = build(read_recipe(find_recipe(DEFAULT_RECIPE)).values, parse(command[1].split()).values).config
+    notes = [word for note in split(given).notes() for word in " ".join(note).split()]
+    assert " ".join(notes) in " ".join(page.split())
 
 
 def test_what_is_said_to_fit_does() -> None:
@@ -229,6 +242,60 @@ def test_the_split_is_spelled_out_and_adds_up() -> None:
     tight = dict(split(config(learner={"micro_batch_tokens": 1 << 20})).notes())
     assert tight["  left"].endswith("set learner.micro_batch_tokens lower")
     assert "model's size is not known here" in dict(split(config(), None).notes())["memory"]
+
+
+def test_a_start_fetches_the_shape_of_a_model_that_is_not_here_yet_and_a_dry_run_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first run of a model would leave vLLM to measure the card, and the second not."""
+    make_tiny_qwen2(tmp_path, tied=True)
+    fetched = {("some/model", "config.json"): str(tmp_path / "config.json")}
+
+    def fetch(model: str, file: str) -> str:
+        if (model, file) not in fetched:
+            raise LocalEntryNotFoundError(f"{model} is nowhere")
+        return fetched[model, file]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    wanted = config(model={"path": "some/model"})
+    assert sizes(wanted, fetch=False) == (None, None)
+    assert sizes(wanted, fetch=True) == (model_shape(str(tmp_path)), None)
+    assert sizes(config(model={"path": "other/model"}), fetch=True) == (None, None)
+    assert sizes(config(model={"path": "not a/name"}), fetch=True) == (None, None)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_reward_model_is_as_large_as_its_files_say(encoder: bool, tmp_path: Path) -> None:
+    """Of a family whose shape is known, and of one that is not."""
+    folder = make_reward_model(tmp_path, encoder=encoder)
+    size = reward_model_size(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert size.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (size.shape is None) == encoder
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ConfigError, match=r"cannot read its header: .*; fetch it again, or set rewards\.model\.path"):
+        reward_model_size(folder)
+
+
+def test_each_generators_reward_model_takes_its_part_of_the_card() -> None:
+    size = RewardModelSize(GIB, QWEN_HALF_B)
+
+    def made(count: int = 1, **settings: Any) -> MemorySplit:
+        given = completed(config(count=count, rewards={"model": {"path": "m", **settings}}), QWEN_HALF_B)
+        return MemorySplit.of(given, QWEN_HALF_B, 80 * GIB, size)
+
+    notes = dict(made(count=2).notes())
+    assert notes["  scoring"].startswith("4.8 GiB, a reward model for each of 2 generators: weights 2.00, compute ~")
+    assert "reward model" not in " ".join(dict(made(device="cpu").notes()).values())
+    without, left = dict(split(config()).notes())["  left"], dict(made().notes())["  left"]
+    assert float(left.split()[0][1:]) < float(without.split()[0][1:]) - 2.0
+    made(dtype="float32").check()
+    size = RewardModelSize(9 * GIB, None)
+    with pytest.raises(PreflightError, match=r"set vllm\.gpu_memory_utilization to 0\.\d\d or less, or set rewards"):
+        made(dtype="float32").check()
+    size = RewardModelSize(40 * GIB, None)
+    with pytest.raises(PreflightError, match=r"the reward model's 80\.0 GiB; set rewards\.model\.device cpu, set lora"):
+        made().check()
 
 
 def test_the_shares_are_worked_out_anew_when_a_run_goes_on(
@@ -257,9 +324,10 @@ def test_a_dry_run_with_share_gpu_shows_who_takes_what(
     assert "memory      one card, 140.4 GiB" in said
     assert "vllm.gpu_memory_utilization = 0.45  (because of --share-gpu)" in said
     assert "vllm.kv_cache_memory_bytes = " in said
-    assert main((*flags, "--json")) == Exit.DONE
+    scored = ("--reward-model", str(make_reward_model(tmp_path / "scores")))
+    assert main((*flags, *scored, "--json")) == Exit.DONE
     fields = json.loads(capsys.readouterr().out)
-    assert set(fields["memory"]) == {"memory", "learner", "generator", "left"}
+    assert set(fields["memory"]) == {"memory", "learner", "generator", "scoring", "left"}
     assert {p["env"]["CUDA_VISIBLE_DEVICES"] for p in fields["processes"] if p["name"] != "broker"} == {"0"}
 
 

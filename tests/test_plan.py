@@ -116,6 +116,11 @@ def test_the_arithmetic_of_a_step_is_spelled_out() -> None:
     assert notes["note"] == "3 processes compute on 2 cores: they take turns"
 
 
+def test_a_shared_card_that_is_not_there_is_said() -> None:
+    assert dict(planned(1, 1, TWO_CORES, run={"share_gpu": True}).memory)["memory"].endswith("runs on the processor")
+    assert planned(1, 1, TWO_CORES).memory == ()
+
+
 def test_on_rocm_a_process_gets_one_list_in_both_variables_that_count_alike() -> None:
     made = planned(1, 1, Devices("rocm", 16, (Card("0", "card"), Card("1", "card"))))
     [generator] = made.of(ProcessRole.GENERATOR)

@@ -16,6 +16,7 @@ import pytest
 
 from launch.cluster import RECIPES, main
 from launch.flags import parse
+from launch.memory import MemorySplit
 from launch.plan import Card, Devices, Paths, Process, ProcessRole, implied_settings, plan
 from protocol.brought_code import shown_name
 from protocol.checkpoints import latest_valid, step_of
@@ -37,6 +38,7 @@ from tests.recipe_runs import (
     settings_of,
     start,
 )
+from tests.test_memory import QWEN_7B, QWEN_HALF_B
 
 GSM8K_ROWS = 7473
 
@@ -112,7 +114,8 @@ def test_the_flags_that_a_recipe_quotes_have_the_values_of_its_settings(name: st
     flags = re.findall(r"--([a-z_]+) ([^\s,;]+)|\b([a-z_.]+[a-z_0-9])='?([^\s,;()']+)", quoted)
     said, compared = build(recipe(name).values).config.model_dump(mode="json"), 0
     for flag, text_of_it in (((a or c), (b or d)) for a, b, c, d in flags):
-        settings = {setting for full, setting in NAMES.items() if full == flag or full.endswith(f".{flag}")}
+        settings = {setting for full, setting in NAMES.items() if full.endswith(f".{flag}")}
+        settings = {NAMES[flag]} if flag in NAMES else settings
         if flag.rpartition(".")[2] in OTHER_UNITS or not settings - {""}:
             continue
         (setting,) = settings
@@ -147,6 +150,21 @@ def test_the_plan_of_a_recipe_takes_all_the_cards_that_it_names(name: str) -> No
     assert used == {str(i) for i in range(cards)}
     config = settings_of(name)
     assert len(made) == 1 + config.learner.ranks + config.generators.count
+
+
+@pytest.mark.parametrize("name", [name for name, original in ORIGINALS.items() if original.cards == 1])
+def test_a_recipe_of_one_card_has_room_on_the_card_that_it_names(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text()
+    commands = re.findall(r"^#     python launch/cluster\.py (.*?) +# one card of (\d+) GB$", text, flags=re.MULTILINE)
+    assert commands
+    for command, size in commands:
+        settings = build(recipe(name).values, parse(shlex.split(command)).values)
+        shape = QWEN_7B if "7B" in settings.config.model.path else QWEN_HALF_B
+        card = Card("0", "card", int(size) << 30)
+        settings = settings.override(implied_settings(settings.config, Devices("cuda", 16, (card,)), shape))
+        split = MemorySplit.of(settings.config, shape, card.memory_bytes)
+        split.check()
+        assert "too little" not in dict(split.notes())["  left"], f"{command}: {split.notes()}"
 
 
 def test_the_quickstart_on_an_npu_is_the_same_recipe_with_another_device() -> None:

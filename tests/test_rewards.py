@@ -231,6 +231,8 @@ def test_what_can_be_refused_before_a_run_starts_is_what_there_is() -> None:
     check_rewards(BUILT_IN)
     for use, words in (
         ("nope", "expected a reward of gsm8k"),
+        ("gms8k", r"got gms8k; did you mean gsm8k\? set rewards"),
+        ("accuracy", r"got accuracy; did you mean math_accuracy_swift\? set rewards"),
         ("gsm8k:abc", "with :NUMBER as its weight, got gsm8k:abc"),
         ("nobodys.module:f", "got nobodys.module:f"),
         ("nobodys:", "got nobodys:"),
