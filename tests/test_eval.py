@@ -26,6 +26,15 @@ REWARDS = """def strict(completion, answer):
 def lenient(completion, answer):
     return float(answer in completion.split())
 """
+ROLLOUT = """from actors.conversation import Conversation
+
+async def twice(engine, prompt):
+    talk = Conversation(engine, prompt)
+    await talk.generate(max_tokens=4)
+    talk.observe(engine.encode("w2"))
+    await talk.generate()
+    return talk.completion()
+"""
 STEPS = 3
 
 pytestmark = pytest.mark.timeout(240)
@@ -46,6 +55,7 @@ class Evaluated(NamedTuple):
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     task = make_easy_task(tmp_path_factory.mktemp("task"))
     (task / "reward.py").write_text(REWARDS)
+    (task / "rollout.py").write_text(ROLLOUT)
     for name, count in (("a", 7), ("b", 3)):
         rows = [{"question": f"w{2 + row} w3", "answer": "w5"} for row in range(count)]
         (task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -54,6 +64,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
         "dataset": "data",
         "reward": "reward.py:strict",
         "eval-reward": "reward.py:lenient",
+        "rollout": "rollout.py:twice",
         "device": "cpu",
         "generators.engine": "transformers",
         "steps": STEPS,

@@ -37,7 +37,7 @@ from protocol.settings import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = "hf"  # of a checkpoint, as in learner/checkpoint.py
-SECTIONS = ("model", "data", "rewards", "sampling", "generators", "evaluation", "vllm")
+SECTIONS = ("model", "data", "rollout", "rewards", "sampling", "generators", "evaluation", "vllm")
 """What a run's own settings say of an evaluation."""
 FLAGS = {
     "data": ("data.eval", "D[#N][,D...]"),
