@@ -252,7 +252,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
 
 
-def _kind(prompt: str | list[Any]) -> str:
+def _kind(prompt: Any) -> str:
     return "text" if isinstance(prompt, str) else "chat messages"
 
 
