@@ -132,6 +132,25 @@ def test_the_tool_writes_every_completion_and_they_are_those_of_the_run(evaluate
     assert alone == own
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--out", "nowhere/all.jsonl"],
+            "expected a file behind --out in a folder that can be written to, got nowhere",
+        ),
+        (["--run.out=kept"], "--run.out=kept is not for an evaluation, whose folder is made and removed; leave it out"),
+        (["--run-name", "a"], "--run-name is not for an evaluation"),
+        (["--dry-run"], "--dry-run is not for an evaluation"),
+    ],
+)
+def test_flags_that_would_cost_the_numbers_are_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert main(["some/model", *flags]) == Exit.SETTINGS
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 def test_a_model_that_is_none_and_a_damaged_checkpoint_are_told_before_anything_starts(
     evaluated: Evaluated, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

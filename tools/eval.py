@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,8 @@ FLAGS = {
     "seed": ("run.seed", "N"),
 }
 """Short names of settings; --reward and --eval-reward are those of launch/cluster.py, as is every other flag."""
+OWN = ("run.name", "run_name", "run.out", "run.evaluation_only", "model.path", "model", "resume", "dry_run")
+"""What this tool says itself to launch/cluster.py, and what would leave nothing to report."""
 
 
 def find_model(target: str) -> tuple[str, Path | None]:
@@ -75,6 +78,16 @@ def find_model(target: str) -> tuple[str, Path | None]:
     path = path.resolve()
     run_dir = path.parent.parent
     return str(path / MODEL), run_dir if (run_dir / "config.yaml").is_file() else None
+
+
+def check_flags(others: Sequence[str], out: Path | None) -> None:
+    """Raises ConfigError for what would cost the numbers after all the work."""
+    names = {word: word.partition("=")[0].removeprefix("--").replace("-", "_") for word in others if word[:2] == "--"}
+    taken = next((word for word, name in names.items() if name in OWN), None)
+    if taken is not None:
+        raise ConfigError(f"{taken} is not for an evaluation, whose folder is made and removed; leave it out")
+    if out is not None and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise ConfigError(f"expected a file behind --out in a folder that can be written to, got {out}; name another")
 
 
 def recipe(run_dir: Path | None) -> dict[str, Any]:
@@ -111,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = [word for key, value in given if value is not None for word in (f"--{key}", value)]
     flags += ["--evaluation.prompts_written", "1000000000"] if args.out else []
     try:
+        check_flags(others, args.out)
         model, run_dir = find_model(args.target)
         layer = recipe(run_dir)
     except TetherError as error:
