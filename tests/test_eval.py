@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protocol.errors import Exit
 from tests.cluster_process import START_S, ClusterProcess, lines_of
 from tests.easy_task import MAX_TOKENS, make_easy_task
-from tools.eval import find_model, main
+from tools.eval import find_model, first_error, main, report
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """def strict(completion, answer):
@@ -149,6 +149,17 @@ def test_flags_that_would_cost_the_numbers_are_told_before_the_work(
 ) -> None:
     assert main(["some/model", *flags]) == Exit.SETTINGS
     assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_why_a_completion_failed_is_said_beside_how_many_did(tmp_path: Path) -> None:
+    written = tmp_path / "version_000000.jsonl"
+    lines = [{"completion": "a"}, {"error": "reward failed: mine:f\nraised"}, {"error": "other"}]
+    written.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"model": "m", "num_prompts": 3, "samples_per_prompt": 1, "length_mean": 1.0, "errors": 2}
+    said = report(row | {"first_error": first_error(written)})[-1]
+    assert said == "2 of 3 completions failed and are in no number; the first: reward failed: mine:f\\nraised"
+    said = report(row | {"first_error": first_error(tmp_path / "nothing was written")})[-1]
+    assert said == "2 of 3 completions failed and are in no number"
 
 
 def test_a_model_that_is_none_and_a_damaged_checkpoint_are_told_before_anything_starts(

@@ -5,7 +5,7 @@
     python tools/eval.py Qwen/Qwen2.5-0.5B-Instruct --data openai/gsm8k --reward gsm8k --eval-reward gsm8k_flexible
 
 It is a run of `launch/cluster.py` that trains nothing, so the same code evaluates as in training. Any of its flags may
-follow, such as --data.suffix TEXT or --vllm.max_model_len N.
+follow, such as --data.suffix TEXT or --vllm.tensor_parallel_size N.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 import yaml
 
+from launch.chart import printable
 from launch.scores import score_table
 from protocol.checkpoints import MANIFEST_FILE, damage, latest_valid
 from protocol.errors import ConfigError, Exit, TetherError
@@ -137,20 +138,34 @@ def main(argv: list[str] | None = None) -> int:
         return code
     made = folder / "evaluation"
     row = json.loads((made / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    written = made / "evaluations" / "version_000000.jsonl"
     if args.out:
-        shutil.copyfile(made / "evaluations" / "version_000000.jsonl", args.out)
-    shutil.rmtree(folder)
+        shutil.copyfile(written, args.out)
     row = {"model": model, **{name: value for name, value in row.items() if name not in ("version", "samples")}}
+    if row["errors"]:
+        row["first_error"] = first_error(written)
+    shutil.rmtree(folder)
     print(json.dumps(row, ensure_ascii=False, indent=2) if args.json else "\n".join(report(row)))
     return int(Exit.DONE)
+
+
+def first_error(written: Path) -> str:
+    """Why the first completion failed of those that were written down and did."""
+    if not written.exists():  # evaluation.prompts_written is 0
+        return ""
+    with written.open(encoding="utf-8") as file:
+        return next((line["error"] for line in map(json.loads, file) if "error" in line), "")
 
 
 def report(row: dict[str, Any]) -> list[str]:
     """What is printed for people."""
     completions = row["num_prompts"] * row["samples_per_prompt"]
     counts = f"{row['num_prompts']} prompts x {row['samples_per_prompt']}, {row['length_mean']:.0f} tokens each"
-    failed = f"{row['errors']} of {completions} completions failed and are in no number" if row["errors"] else ""
-    return [f"{row['model']}: {counts}", *score_table(row), *([failed] if failed else [])]
+    lines = [f"{row['model']}: {counts}", *score_table(row)]
+    if row["errors"]:
+        first = f"; the first: {printable(row['first_error'])}" if row["first_error"] else ""
+        lines.append(f"{row['errors']} of {completions} completions failed and are in no number{first}")
+    return lines
 
 
 if __name__ == "__main__":
