@@ -21,10 +21,11 @@ from protocol.sections import DataConfig
 PROMPT_COLUMNS = ("prompt", "messages", "question", "query", "problem", "instruction")
 ANSWER_COLUMNS = ("answer", "solution", "reward_model", "ground_truth", "response", "target", "completion")
 SWIFT = "ms-swift's columns"
+BEFORE_QUERY = ("system", "history")  # of ms-swift's rows; each has what it needs of them
 ID_COLUMN = "id"
 NUMBER_REWARDS = ("gsm8k", "gsm8k_flexible")  # rewards that compare with the number after ####
-_MARKED = re.compile(r"#### -?[0-9.,]+")
-_NUMBER = re.compile(r"\s*-?[0-9.,]+\s*")
+_MARKED = re.compile(r"#### -?[.,]*[0-9]")
+_NUMBER = re.compile(r"\s*-?[.,]*[0-9][0-9.,]*\s*")
 
 
 class Columns(NamedTuple):
@@ -65,7 +66,7 @@ def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Co
             f"expected a column with the answer that the reward {reward} reads (one of {', '.join(ANSWER_COLUMNS)}), "
             f"the rows have {_names(row)}; set data.answer_column, or take another reward with --reward"
         )
-    system, history = (name if prompt == "query" and name in row else "" for name in ("system", "history"))
+    system, history = (name if prompt == "query" and name in row else "" for name in BEFORE_QUERY)
     return Columns(prompt, answer, system, _convention(row, prompt, answer, settings), history)
 
 
@@ -88,7 +89,7 @@ def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]
             place = f"row {number} of {table.place}"
             _check_prompt(row, columns, type(first), place)
             _check_answer(row, columns, needs_number, place)
-            _check_history(row, columns, place)
+            _check_turns_before(row, columns, place)
             if row.get(ID_COLUMN) is not None:
                 before = ids.setdefault(repr(row[ID_COLUMN]), place)
                 if before != place:
@@ -151,7 +152,7 @@ def _reads_number(rewards: Iterable[str]) -> str:
 
 def _check_prompt(row: Row, columns: Columns, kind: type, place: str) -> None:
     prompt = row.get(columns.prompt)
-    if not prompt or not (isinstance(prompt, str) or _are_messages(prompt)):
+    if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
         seen = repr(prompt)[:60] if columns.prompt in row else f"only the columns {_names(row)}"
         raise ConfigError(
             f"expected text or chat messages in column {columns.prompt} of every row, {place} has {seen}; remove that "
@@ -183,8 +184,13 @@ def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> 
         )
 
 
-def _check_history(row: Row, columns: Columns, place: str) -> None:
-    turns = row.get(columns.history) or []
+def _check_turns_before(row: Row, columns: Columns, place: str) -> None:
+    system, turns = row.get(columns.system), row.get(columns.history) or []
+    if not isinstance(system, str | None):
+        raise ConfigError(
+            f"expected a text in column {columns.system}, {place} has {repr(system)[:60]}; mend that row, or give the "
+            "column another name"
+        )
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
         raise ConfigError(
             f"expected column {columns.history} to be a list of [question, answer] texts, {place} has "
@@ -233,12 +239,20 @@ def _is_verl(row: Row) -> bool:
 
 def _are_messages(value: Any) -> bool:
     """Chat messages with something to answer."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
+    if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
         return False
-    return bool(value[0]["role"] != "assistant")
+    asked = value[:-1] if value[-1]["role"] == "assistant" else value
+    return bool(asked and asked[-1].get("content") and value[0]["role"] != "assistant")
 
 
-def _kind(prompt: str | list[Any]) -> str:
+def _is_message(value: Any) -> bool:
+    """A role with a text, a list of parts, or calls of tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
+
+
+def _kind(prompt: Any) -> str:
     return "text" if isinstance(prompt, str) else "chat messages"
 
 

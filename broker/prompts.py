@@ -13,12 +13,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from broker.columns import columns_for_rewards, demonstration, messages_of
+from broker.dataset import EVAL_SPLITS
 from broker.held_out import in_turn, source_labels
 from broker.records import Record, load_records
 from broker.tokenizer import ChatTokenizer
@@ -30,11 +32,12 @@ from protocol.types import Prompt, Tokens
 
 log = logging.getLogger("tether.prompts")
 
-LOOKED_AT = 64  # first rows that are tokenised at the start, so that a dataset that cannot work is refused at once
+LOOKED_AT = 64  # first rows of a source that are tokenised at the start, so that what cannot work is refused at once
 CACHED_PROMPTS = 4096
 MAX_COLUMNS_CHARACTERS = 256 << 10  # of a row as JSON: it travels with every lease of its prompt
 TEXT_SUFFIXES = (".txt", ".md")  # a system message of one word that ends so is the name of a file
 TOO_LONG, TOO_LARGE, UNSENDABLE = "prompt_too_long", "row_too_large", "row_unsendable"
+REFUSED = "refused_by_chat_template"
 
 
 class Unusable(NamedTuple):
@@ -98,7 +101,11 @@ class PromptSource:
 
     def _make(self, number: int) -> Prompt | Unusable:
         row_number = self._row_at(number)
-        return self._prompt(number, row_number, self._records[row_number])
+        try:
+            return self._prompt(number, row_number, self._records[row_number])
+        except ConfigError as error:  # of the chat template
+            log.error("row %d is left out: %s", row_number, error)
+            return Unusable(number, REFUSED)
 
     def _prompt(self, number: int, row_number: int, record: Record) -> Prompt | Unusable:
         tokens = self._tokenize(record)
@@ -137,6 +144,11 @@ class PromptSource:
             sources = [Source(name) for name, _ in sources if not Path(name).is_file()]
         rewards = [function.use for function in config.all_rewards.functions]
         records, notes, names = load_records(sources, self._settings, rewards, evaluation=True, seed=0)
+        if config.data.eval and (without := [each.name for each in sources if each.name not in set(names)]):
+            raise ConfigError(
+                f"expected held-out rows in every source of data.eval, got none from {without[0]} (of a folder or a "
+                f"dataset its files or split called {', '.join(EVAL_SPLITS)} count); set data.eval"
+            )
         labels = source_labels([record.row for record in records], names)
         found, num_unusable = self.evaluation, 0
         for number in in_turn(labels):
@@ -165,7 +177,8 @@ class PromptSource:
     def _check_first_rows(self) -> None:
         if not self._records:
             return
-        lengths = [len(self._tokenize(record)) for record in self._records[:LOOKED_AT]]
+        each = groupby(self._records, lambda record: id(record.columns))  # a source has its own
+        lengths = [len(self._tokenize(record)) for _, records in each for record in islice(records, LOOKED_AT)]
         if min(lengths) > self._settings.max_prompt_tokens:
             raise ConfigError(
                 f"the first {len(lengths)} prompts have {min(lengths)} to {max(lengths)} tokens, "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from broker.columns import Columns, check_rows, recognise, with_fields
+from broker.columns import BEFORE_QUERY, Columns, check_rows, recognise, with_fields
 from broker.dataset import Row, read_tables
 from protocol.sections import DataConfig
 from protocol.sources import Source
@@ -41,9 +41,10 @@ def load_records(
         tables = [with_fields(table, settings) for table in read_tables(source.name, evaluation=evaluation)]
         if not tables:
             continue
-        columns = recognise(tables[0].rows[0], settings, used)
-        check_rows(tables, columns, used)
         rows = [row for table in tables for row in table.rows]
+        later = {name: None for name in BEFORE_QUERY if name not in rows[0] and any(name in row for row in rows)}
+        columns = recognise(rows[0] | later, settings, used)
+        check_rows(tables, columns, used)
         taken = range(len(rows)) if source.num_rows is None else sample(len(rows), source.num_rows, seed)
         found += [Record(rows[number], columns) for number in taken]
         names += [source.name] * len(taken)

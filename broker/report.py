@@ -18,8 +18,8 @@ from broker.evaluation import EvaluationResult
 from broker.metrics import reward_means
 from broker.run_state import RunState
 from broker.scores import ALL, score_table
-from protocol.brought_code import shown_name
 from protocol.messages import Evaluation
+from protocol.rewards import names_in_evaluation
 from protocol.types import Trajectory
 
 log = logging.getLogger("tether.broker")
@@ -32,7 +32,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     """What the learner logs of an evaluation (`Evaluation`)."""
     k = run.config.evaluation.samples
     groups = [(run.source.evaluation_sources[found[0].prompt], found) for found in result.by_prompt]
-    functions = [shown_name(function.use) for function in run.config.all_rewards.functions]
+    functions = names_in_evaluation(run.config)
     table = score_table(groups, functions)
     decides = next(row for row in table if (row["source"], row["function"]) == (ALL, functions[0]))
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]

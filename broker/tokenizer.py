@@ -101,8 +101,12 @@ class ChatTokenizer:
         }
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **specials)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template of {self.folder} refuses the messages of a row: {error}") from None
+        except Exception as error:  # a template is code of its own: what it is given may break any of its lines
+            said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"the chat template of {self.folder} refuses the messages of a row: {said}; the last of them is "
+                f"{repr(messages[-1])[:200]}; mend or remove that row, or take another model"
+            ) from None
 
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Half of a surrogate pair, which JSON can spell and the tokenizer refuses, becomes a question mark."""

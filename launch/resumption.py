@@ -73,7 +73,7 @@ def is_complete(run_dir: Path) -> bool:
     """Whether its last start came to the run's end."""
     try:
         ended = json.loads((run_dir / "status.json").read_bytes())["ended"]
-    except FileNotFoundError:  # killed before it had said anything
+    except (FileNotFoundError, ValueError):  # killed before it had said anything, or the machine fell while it did
         return False
     return ended is not None and ended["code"] == Exit.DONE
 

@@ -21,8 +21,9 @@ from learner.states import State, StateClock
 from learner.trainer import Ended, Trainer
 from learner.warmup import WarmupStep, warm_up
 from protocol.addresses import Addresses
-from protocol.checkpoints import PREFIX, latest_valid, step_of
+from protocol.checkpoints import PREFIX, Found, latest_valid, step_of
 from protocol.config import Config
+from protocol.errors import ConfigError
 from protocol.examples import WARMUP_FILE, read_examples
 from protocol.keys import read_client_key
 from protocol.shared_memory import folder_of, private_folder
@@ -30,6 +31,7 @@ from protocol.shared_memory import folder_of, private_folder
 log = logging.getLogger("tether.learner")
 
 COLLECTIVE_S = 600.0
+NONE, ALL_DAMAGED = -1, -2  # in the place of a checkpoint's step
 
 
 def train(config: Config, run_dir: Path, resume: bool) -> Ended:
@@ -72,16 +74,25 @@ def evaluation_is_due(config: Config, version: int, num_steps: int) -> bool:
 
 
 def _resume(run_dir: Path, models: Models, ranks: Ranks) -> Standing | None:
-    """Rank 0 chooses the checkpoint; without a valid one (None) the run starts from its beginning, and says so."""
-    found = latest_valid(run_dir / "checkpoints") if ranks.is_first else None
-    for damage in found.damaged if found else ():
+    """Rank 0 chooses the checkpoint; a run that has not written one (None) starts from its beginning, and says so.
+
+    Raises ConfigError if there are some and none verifies: what they hold would be written over.
+    """
+    folder = run_dir / "checkpoints"
+    found = latest_valid(folder) if ranks.is_first else Found(None, ())
+    for damage in found.damaged:
         log.error("this checkpoint is damaged and not used: %s", damage)
-    step = step_of(found.path) if found and found.path else -1
+    step = step_of(found.path) if found.path else ALL_DAMAGED if found.damaged else NONE
     step = ranks.first_rank_says(step)
-    if step < 0:
+    if step == ALL_DAMAGED:
+        raise ConfigError(
+            f"expected a checkpoint to resume from in {folder}, all there are damaged (rank 0's log says how); "
+            "move that folder away to start this run from its beginning"
+        )
+    if step == NONE:
         log.warning("no checkpoint to resume from: starting from the beginning")
         return None
-    extras = models.load(run_dir / "checkpoints" / f"{PREFIX}{step}")
+    extras = models.load(folder / f"{PREFIX}{step}")
     log.info("resuming from the checkpoint of version %d", extras["version"])
     return Standing(extras["version"], -1, extras["ledger"], extras["skipped"])
 

@@ -80,6 +80,13 @@ def names_in_results(config: Config, *, evaluating: bool) -> list[str]:
     return [*names, *(shown_name(function.use) for function in config.rewards_of_evaluation)] if evaluating else names
 
 
+def names_in_evaluation(config: Config) -> list[str]:
+    """What the scores of an evaluation tell apart; the first decides its accuracy: a function where there is one."""
+    functions = [shown_name(function.use) for function in config.all_rewards.functions]
+    others = dict(scored_by(config))
+    return [*functions, *(name for name in (ENVIRONMENT, REWARD_MODEL) if name in others)]
+
+
 def reward_digest(uses: Sequence[str], model: str = "") -> str:
     """Of names and file contents, in order, and of the reward model in folder `model`; "" when all are built in.
 

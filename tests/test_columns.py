@@ -71,6 +71,11 @@ def test_ms_swifts_history_comes_before_its_query() -> None:
     assert demonstration(row, columns) == "4"
 
 
+def test_a_system_message_that_is_no_text_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"expected a text in column system, row 1 of rows has 7; mend that row"):
+        check([SWIFT, SWIFT | {"system": 7}], recognise(SWIFT, DataConfig()))
+
+
 @pytest.mark.parametrize("history", ["once", [["only asked"]], [["a", 1]], [{"role": "user", "content": "a"}]])
 def test_a_history_that_is_none_is_told(history: Any) -> None:
     columns = recognise(SWIFT | {"history": []}, DataConfig())
@@ -131,7 +136,12 @@ def test_a_reward_that_reads_an_answer_wants_a_column_for_it() -> None:
         ({"question": "", "answer": "b"}, "''"),
         ({"question": 12, "answer": "b"}, "12"),
         ({"question": ["a"], "answer": "b"}, r"\['a'\]"),
+        ({"question": "  ", "answer": "b"}, "'  '"),
         ({"question": CHAT[1:], "answer": "b"}, "assistant"),
+        ({"question": [{"role": "user"}], "answer": "b"}, "user"),
+        ({"question": [{"role": "user", "content": None}], "answer": "b"}, "None"),
+        ({"question": [{"role": "user", "content": 5}], "answer": "b"}, "5"),
+        ({"question": [{"role": "user", "content": ""}, CHAT[1]], "answer": "b"}, "''"),
     ],
 )
 def test_a_row_without_a_prompt_is_named_before_the_run(row: Row, seen: str) -> None:
@@ -157,7 +167,7 @@ def test_an_answer_may_be_null_where_no_reward_reads_a_number() -> None:
 
 
 @pytest.mark.parametrize("reward", ["gsm8k", "gsm8k_flexible"])
-@pytest.mark.parametrize("answer", ["1+1=2", "", None, True, float("nan"), "####2", "two #### two"])
+@pytest.mark.parametrize("answer", ["1+1=2", "", None, True, float("nan"), "####2", "two #### two", "#### .", "."])
 def test_an_answer_without_a_number_is_told_where_a_gsm8k_reward_reads_it(answer: Any, reward: str) -> None:
     said = f"the reward {reward} reads a number after .*, column answer has .* in row 1 of rows; mend that row"
     with pytest.raises(ConfigError, match=said):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protocol.errors import Exit
 from tests.cluster_process import START_S, ClusterProcess, lines_of
 from tests.easy_task import MAX_TOKENS, make_easy_task
-from tools.eval import find_model, main, recipe
+from tools.eval import find_model, first_error, main, recipe, report
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """def strict(completion, answer):
@@ -25,6 +25,15 @@ REWARDS = """def strict(completion, answer):
 
 def lenient(completion, answer):
     return float(answer in completion.split())
+"""
+ROLLOUT = """from actors.conversation import Conversation
+
+async def twice(engine, prompt):
+    talk = Conversation(engine, prompt)
+    await talk.generate(max_tokens=4)
+    talk.observe(engine.encode("w2"))
+    await talk.generate()
+    return talk.completion()
 """
 STEPS = 3
 
@@ -46,6 +55,7 @@ class Evaluated(NamedTuple):
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     task = make_easy_task(tmp_path_factory.mktemp("task"))
     (task / "reward.py").write_text(REWARDS)
+    (task / "rollout.py").write_text(ROLLOUT)
     for name, count in (("a", 7), ("b", 3)):
         rows = [{"question": f"w{2 + row} w3", "answer": "w5"} for row in range(count)]
         (task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -54,6 +64,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
         "dataset": "data",
         "reward": "reward.py:strict",
         "eval-reward": "reward.py:lenient",
+        "rollout": "rollout.py:twice",
         "device": "cpu",
         "generators.engine": "transformers",
         "steps": STEPS,
@@ -121,6 +132,36 @@ def test_the_tool_writes_every_completion_and_they_are_those_of_the_run(evaluate
     for line in (*own, *alone):
         del line["step"], line["versions"]
     assert alone == own
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--out", "nowhere/all.jsonl"],
+            "expected a file behind --out in a folder that can be written to, got nowhere",
+        ),
+        (["--run.out=kept"], "--run.out=kept is not for an evaluation, whose folder is made and removed; leave it out"),
+        (["--run-name", "a"], "--run-name is not for an evaluation"),
+        (["--dry-run"], "--dry-run is not for an evaluation"),
+    ],
+)
+def test_flags_that_would_cost_the_numbers_are_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert main(["some/model", *flags]) == Exit.SETTINGS
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_why_a_completion_failed_is_said_beside_how_many_did(tmp_path: Path) -> None:
+    written = tmp_path / "version_000000.jsonl"
+    lines = [{"completion": "a"}, {"error": "reward failed: mine:f\nraised"}, {"error": "other"}]
+    written.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"model": "m", "num_prompts": 3, "samples_per_prompt": 1, "length_mean": 1.0, "errors": 2}
+    said = report(row | {"first_error": first_error(written)})[-1]
+    assert said == "2 of 3 completions failed and are in no number; the first: reward failed: mine:f\\nraised"
+    said = report(row | {"first_error": first_error(tmp_path / "nothing was written")})[-1]
+    assert said == "2 of 3 completions failed and are in no number"
 
 
 def test_a_model_that_is_none_and_a_damaged_checkpoint_are_told_before_anything_starts(

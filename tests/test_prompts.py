@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from broker.prompts import MAX_COLUMNS_CHARACTERS, PromptSource, Unusable
+from broker.prompts import LOOKED_AT, MAX_COLUMNS_CHARACTERS, PromptSource, Unusable
 from broker.tokenizer import ChatTokenizer
 from protocol.config import Config
 from protocol.errors import ConfigError
@@ -82,8 +82,36 @@ def test_a_template_that_refuses_a_conversation_is_the_users_error(model: Path, 
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="refuses the messages of a row: roles must alternate"):
+    with pytest.raises(
+        ConfigError, match=r"refuses the messages of a row: roles must alternate; the last of them is \{'role'"
+    ):
         ChatTokenizer(tmp_path).render(CONVERSATIONS[0])
+
+
+def test_a_row_that_the_template_fails_on_is_left_out_and_named_where_it_comes_late(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that comes first ends the start, of each source."""
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content + '!' }}")
+    tokenizer = ChatTokenizer(tmp_path)
+    chats = [[{"role": "user", "content": "What is 3 + 1?"}]] * LOOKED_AT + [[{"role": "user", "content": ["parts"]}]]
+    for name, found in (("late", chats), ("first", chats[-1:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"prompt": c, "answer": "1"}) for c in found))
+
+    def opened(*names: str) -> PromptSource:
+        train = ",".join(f"{tmp_path}/{name}.jsonl" for name in names)
+        data = {"train": train, "shuffle": False}
+        return PromptSource(Config.model_validate({"data": data, "evaluation": {"every": 0}}), tokenizer)
+
+    source = opened("late")
+    assert isinstance(source.prompt(LOOKED_AT - 1), Prompt)
+    assert source.prompt(LOOKED_AT) == Unusable(LOOKED_AT, "refused_by_chat_template")
+    assert f"row {LOOKED_AT} is left out: the chat template of" in caplog.text
+    assert "TypeError" in caplog.text
+    with pytest.raises(ConfigError, match=r"refuses the messages of a row: TypeError: .*\['parts'\]"):
+        opened("late", "first")
 
 
 def test_a_folder_without_a_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
@@ -227,6 +255,14 @@ def test_held_out_rows_that_are_drawn_are_the_same_for_every_seed(model: Path, t
     training, held_out = zip(*map(drawn, range(8)), strict=True)
     assert len(set(map(tuple, held_out))) == 1
     assert len(set(map(tuple, training))) > 1
+
+
+def test_a_held_out_source_without_rows_is_told_beside_one_that_has_some(model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    config = config_for(tmp_path / "rows", {"eval": f"{tmp_path / 'rows'},{empty}"})
+    with pytest.raises(ConfigError, match=f"rows in every source of data.eval, got none from {empty} .*set data.eval"):
+        PromptSource(config, ChatTokenizer(model))
 
 
 def test_a_system_message_that_names_a_file_which_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:

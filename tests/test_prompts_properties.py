@@ -111,11 +111,12 @@ def fits(value: Any) -> bool:
 
 
 @settings(max_examples=80)
-@given(question=ODD_TEXT.filter(len), extra=ODD_JSON)
+@given(question=ODD_TEXT.filter(str.strip), extra=ODD_JSON)
 def test_a_row_reaches_the_generator_as_it_is_or_is_said_to_be_unusable(
     folder: Path, tokenizer: ChatTokenizer, question: str, extra: Any
 ) -> None:
     """One odd row in a dataset stops no run."""
+    question, extra = json.loads(json.dumps([question, extra]))  # which joins two halves of a surrogate pair
     rows = [{"question": "What is 1 + 1?"}, {"question": question, "extra": extra}]
     prompt = source_of(folder, tokenizer, rows, seed=0, shuffle=False, taken=2).prompt(1)
     if not fits([question, extra]):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.columns import messages_of
 from broker.records import Records, load_records, sample
 from protocol.config import Config
 from protocol.errors import ConfigError
@@ -96,6 +97,14 @@ def test_sources_of_different_conventions_are_read_together_and_each_is_said(tmp
         f"4 of 6 rows from {plain}: prompt <- question, answer <- answer (GSM8K's columns)",
         f"2 of 1 rows from {other}: prompt <- prompt, answer <- reward_model.ground_truth (verl's columns)",
     ]
+
+
+def test_what_only_later_rows_have_before_their_query_is_not_lost(tmp_path: Path) -> None:
+    row = {"query": "q", "response": "#### 1"}
+    source = write(tmp_path / "a.jsonl", [row, row | {"history": [["a", "b"]]}, row | {"system": "Be brief."}])
+    records, _, _ = load(source)
+    said = [[message["content"] for message in messages_of(*record, "", "")] for record in records]
+    assert said == [["q"], ["a", "b", "q"], ["Be brief.", "q"]]
 
 
 def test_a_seed_gives_the_same_rows_again_and_another_seed_others(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 from launch.cluster import main
 from launch.flags import parse
 from launch.resumption import Resumption, go_back, is_complete, resumption, unfinished
-from protocol.checkpoints import checkpoints, damage, seal
+from protocol.checkpoints import MANIFEST_FILE, checkpoints, damage, seal
 from protocol.errors import ConfigError, Exit
 from tests.cluster_process import ClusterProcess, fast_flags, make_task, samples_of, steps_of
 
@@ -68,6 +69,8 @@ def test_auto_takes_the_newest_run_of_the_name_that_is_not_complete(tmp_path: Pa
 
 def test_a_run_that_was_killed_before_it_said_anything_is_not_complete(tmp_path: Path) -> None:
     assert not is_complete(run_folder(tmp_path / "a", status=False))
+    (run_folder(tmp_path / "torn") / "status.json").write_text("")  # after the machine lost its power
+    assert not is_complete(tmp_path / "torn")
     assert not is_complete(run_folder(tmp_path / "b", ended={"code": 1, "text": "failed"}))
     assert is_complete(run_folder(tmp_path / "c", ended=DONE))
 
@@ -208,3 +211,16 @@ def test_samples_of_a_run_have_their_rewards_by_function(ran: Ran) -> None:
         assert len(sample["group_rewards"]) == 4
         assert sample["reward"] in sample["group_rewards"]
         assert sample["completion_tokens"] == sample["versions"][-1][2]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_over_them(ran: Ran, tmp_path: Path) -> None:
+    copy = tmp_path / "a"
+    shutil.copytree(ran.run_dir, copy)
+    paths = checkpoints(copy / "checkpoints")
+    for path in paths:
+        (path / MANIFEST_FILE).write_text("{}")
+    with ClusterProcess(tmp_path, "--resume", "a", "--run.steps", str(NUM_STEPS + 1)) as cluster:
+        assert cluster.end() == Exit.SETTINGS, cluster.said
+    assert f"expected a checkpoint to resume from in {copy / 'checkpoints'}, all there are damaged" in cluster.said
+    assert checkpoints(copy / "checkpoints") == paths
+    assert len(steps_of(copy)) == NUM_STEPS

@@ -40,14 +40,17 @@ def game_run(folder: Path, game: str = GAME, **sections: dict[str, object]) -> C
 
 
 def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_path: Path) -> None:
-    """Without any reward function."""
-    config = game_run(
-        tmp_path, rollout={"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5}, rewards={"functions": []}
-    )
+    """Without any reward function; what is held out is right by the environment's word."""
+    rollout = {"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5}
+    config = game_run(tmp_path, rollout=rollout, rewards={"functions": []}, evaluation={"every": 3})
     generator = FakeGenerator(tmp_path, config, mean_tokens=20.0)
     with broker(tmp_path, config), ScriptedLearner(tmp_path, config) as learner, generator:
         while learner.step():
             pass
+        learner.link.refresh()
+        (evaluation,) = learner.link.evaluations()
+    assert evaluation.accuracy == 0.5, "of the numbers 0 to 5"
+    assert [(row["source"], row["function"]) for row in evaluation.scores][:1] == [("", "environment")]
     shares = [taken.share for taken in learner.trained]
     items = [item for share in shares for item in share.items]
     several = [item.completion for item in items if item.completion.observed is not None]

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.ranks import Ranks
 from learner.warmup import WarmupStep, batch_of_step, warm_up
+from protocol.errors import Exit
 from tests.learning import examples, model_folder, open_policy, train_step, warmup_settings, weights
 from tests.rows import random_rows
+from tools.sft import main
 from tools.tiny_model import Shape, train_tokenizer, write_model
 from tools.word_problems import split
 
@@ -111,6 +113,13 @@ def test_the_sft_tool_writes_a_model_that_answers(tmp_path: Path) -> None:
         ids = reader.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
         answer = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
         assert reader.decode(answer[0, ids.shape[1] :]) == problem.answer + "<|end|>"
+
+
+def test_the_sft_tool_writes_over_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out"
+    file.touch()
+    assert main(["--model", "m", "--data", "d", "--out", str(file)]) == Exit.SETTINGS
+    assert capsys.readouterr().err == f"sft: {file} is no empty folder; set --out to a new one\n"
 
 
 def test_the_sft_tool_says_what_is_wrong_with_a_row(model: str, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@
     python tools/eval.py Qwen/Qwen2.5-0.5B-Instruct --data openai/gsm8k --reward gsm8k --eval-reward gsm8k_flexible
 
 It is a run of `launch/cluster.py` that trains nothing, so the same code evaluates as in training. Any of its flags may
-follow, such as --data.suffix TEXT or --vllm.max_model_len N.
+follow, such as --data.suffix TEXT or --vllm.tensor_parallel_size N.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ if __package__ in (None, ""):
 
 import yaml
 
+from launch.chart import printable
 from launch.scores import score_table
 from protocol.checkpoints import MANIFEST_FILE, damage, latest_valid
 from protocol.errors import ConfigError, Exit, TetherError
@@ -51,6 +53,8 @@ FLAGS = {
     "seed": ("run.seed", "N"),
 }
 """Short names of settings; --reward and --eval-reward are those of launch/cluster.py, as is every other flag."""
+OWN = ("run.name", "run_name", "run.out", "run.evaluation_only", "model.path", "model", "resume", "dry_run")
+"""What this tool says itself to launch/cluster.py, and what would leave nothing to report."""
 
 
 def find_model(target: str) -> tuple[str, Path | None]:
@@ -75,6 +79,16 @@ def find_model(target: str) -> tuple[str, Path | None]:
     path = path.resolve()
     run_dir = path.parent.parent
     return str(path / MODEL), run_dir if (run_dir / "config.yaml").is_file() else None
+
+
+def check_flags(others: Sequence[str], out: Path | None) -> None:
+    """Raises ConfigError for what would cost the numbers after all the work."""
+    names = {word: word.partition("=")[0].removeprefix("--").replace("-", "_") for word in others if word[:2] == "--"}
+    taken = next((word for word, name in names.items() if name in OWN), None)
+    if taken is not None:
+        raise ConfigError(f"{taken} is not for an evaluation, whose folder is made and removed; leave it out")
+    if out is not None and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise ConfigError(f"expected a file behind --out in a folder that can be written to, got {out}; name another")
 
 
 def recipe(run_dir: Path | None) -> dict[str, Any]:
@@ -111,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = [word for key, value in given if value is not None for word in (f"--{key}", value)]
     flags += ["--evaluation.prompts_written", "1000000000"] if args.out else []
     try:
+        check_flags(others, args.out)
         model, run_dir = find_model(args.target)
         layer = recipe(run_dir)
     except TetherError as error:
@@ -123,20 +138,34 @@ def main(argv: list[str] | None = None) -> int:
         return code
     made = folder / "evaluation"
     row = json.loads((made / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    written = made / "evaluations" / "version_000000.jsonl"
     if args.out:
-        shutil.copyfile(made / "evaluations" / "version_000000.jsonl", args.out)
-    shutil.rmtree(folder)
+        shutil.copyfile(written, args.out)
     row = {"model": model, **{name: value for name, value in row.items() if name not in ("version", "samples")}}
+    if row["errors"]:
+        row["first_error"] = first_error(written)
+    shutil.rmtree(folder)
     print(json.dumps(row, ensure_ascii=False, indent=2) if args.json else "\n".join(report(row)))
     return int(Exit.DONE)
+
+
+def first_error(written: Path) -> str:
+    """Why the first completion failed of those that were written down and did."""
+    if not written.exists():  # evaluation.prompts_written is 0
+        return ""
+    with written.open(encoding="utf-8") as file:
+        return next((line["error"] for line in map(json.loads, file) if "error" in line), "")
 
 
 def report(row: dict[str, Any]) -> list[str]:
     """What is printed for people."""
     completions = row["num_prompts"] * row["samples_per_prompt"]
     counts = f"{row['num_prompts']} prompts x {row['samples_per_prompt']}, {row['length_mean']:.0f} tokens each"
-    failed = f"{row['errors']} of {completions} completions failed and are in no number" if row["errors"] else ""
-    return [f"{row['model']}: {counts}", *score_table(row), *([failed] if failed else [])]
+    lines = [f"{row['model']}: {counts}", *score_table(row)]
+    if row["errors"]:
+        first = f"; the first: {printable(row['first_error'])}" if row["first_error"] else ""
+        lines.append(f"{row['errors']} of {completions} completions failed and are in no number{first}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Raises ConfigError if model, data or output folder cannot be used."""
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ConfigError(f"{args.out} is not empty; set --out to a new folder")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise ConfigError(f"{args.out} is no empty folder; set --out to a new one")
     examples = tokenised(args, is_first=os.environ.get("RANK", "0") == "0")
     device = found_device() if args.device == "auto" else args.device
 
