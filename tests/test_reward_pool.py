@@ -168,7 +168,7 @@ def test_a_replacement_whose_lease_is_dropped_meanwhile_leaves_no_worker_behind(
             (tmp_path / "evil.py").write_text("import time\ntime.sleep(600)")
             before = set(psutil.Process().children())
             waiting = asyncio.create_task(values(rewards, "fine"))
-            await until(lambda: set(psutil.Process().children()) > before)
+            await until(lambda: set(psutil.Process().children()) > before, "a worker is started")
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             assert set(psutil.Process().children()) == before
