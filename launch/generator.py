@@ -78,7 +78,9 @@ async def generate(args: argparse.Namespace) -> None:
     from actors.rollouts.runner import RolloutRunner
     from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
+    from actors.tool_threads import ToolThreads
 
+    asyncio.get_running_loop().set_default_executor(ToolThreads())
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(generate(args))
     except BaseExceptionGroup as group:
         return _report(_first(group))
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # the last out of a task that a rollout started
         return _report(error)
     return int(Exit.DONE)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from broker.service import Service
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import Exit
@@ -78,9 +79,7 @@ def test_a_rollout_that_fails_for_a_prompt_costs_that_prompt_and_no_other(tmp_pa
         with FakeGenerator(tmp_path, config):
             while learner.step():
                 pass
-        assert service._run.scheduler is not None
-        failed = service._run.scheduler.ledger.counts()["failed"]
-    assert failed == 1
+        assert failed_of(service) == 1
     assert 2 not in learner.prompts
     quarantined = (tmp_path / "quarantine.jsonl").read_text()
     assert "rollout failed: game:play raised RuntimeError: the game is broken" in quarantined
@@ -118,6 +117,32 @@ def test_a_generator_that_its_rollout_blocks_says_where_and_ends(tmp_path: Path)
     assert process.returncode == Exit.ENGINE_STALLED
     assert f"game:play blocks this generator at {tmp_path / 'game.py'}:4 (play): it must await, or call" in said
     assert said.strip().splitlines()[-1].endswith("game.py:4 (play); this process ends")
+
+
+def test_tools_that_hang_in_threads_cost_their_samples_and_hold_up_neither_engine_nor_end(tmp_path: Path) -> None:
+    hanging = """import asyncio, threading
+
+async def play(engine, prompt):
+    if prompt.number < 2:
+        await asyncio.to_thread(threading.Event().wait)
+    return await engine.generate(prompt.tokens)
+"""
+    use = f"{tmp_path / 'game.py'}:play"
+    rollout = {"use": use, "timeout_s": 0.2}
+    config = game_run(tmp_path, hanging, rollout=rollout, batch={"prompts": 4, "group_size": 8})
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config) as learner:
+        with ended(join(tmp_path, "--rollout", use)) as process:
+            wait_until(lambda: failed_of(service) == 2, "2 prompts x 8 samples x 3 tries are given up")
+            assert learner.step()
+            assert learner.step(), "with new weights"
+            process.terminate()
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == Exit.DONE, said
+
+
+def failed_of(service: Service) -> int:
+    scheduler = service._run.scheduler
+    return scheduler.ledger.counts()["failed"] if scheduler else 0
 
 
 def join(folder: Path, *more: str) -> subprocess.Popen[str]:
