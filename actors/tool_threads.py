@@ -1,8 +1,8 @@
 """The threads of a generator's event loop: of `asyncio.to_thread`, by which rollouts call tools that block.
 
-A thread cannot be ended, so a tool that hangs keeps its own for good. That it costs its sample and nothing else, neither
-the engine, which works in such threads too, nor the generator's end, rests on there being always one more and on
-`shutdown`.
+A thread cannot be ended, so a tool that hangs keeps its own for good. That this costs its sample and nothing else, not
+the engine, which works in such threads too, and not the generator's end, rests on there always being one more thread
+and on `shutdown`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import Exit
 from tests.small_run import FakeGenerator, ScriptedLearner, broker, make_run
-from tests.test_standalone import accepted_of, ended, started
+from tests.test_standalone import MAIN, accepted_of, ended, started
 from tests.wire import wait_until
 
 GAME = """from actors.conversation import Conversation
@@ -26,6 +26,7 @@ async def play(engine, prompt):
             talk.observe(engine.encode("w7 w8"))
     return Episode(talk.completion(), reward=float(prompt.number % 2), metrics={"length": 24 - talk.room})
 """
+IMPATIENT = "import sys, actors.loop_watch, launch.generator as main; actors.loop_watch.STILL_S = 2.0; main.main()"
 FAILING = """async def play(engine, prompt):
     if prompt.number == 2:
         raise RuntimeError("the game is broken")
@@ -119,6 +120,21 @@ def test_a_generator_that_its_rollout_blocks_says_where_and_ends(tmp_path: Path)
     assert said.strip().splitlines()[-1].endswith("game.py:4 (play); this process ends")
 
 
+def test_a_generator_whose_rollout_keeps_the_interpreter_to_itself_ends_with_its_stack(tmp_path: Path) -> None:
+    """Nothing in Python can end it: a regular expression lets no other thread run."""
+    greedy = "import re\n\nasync def play(engine, prompt):\n    re.match('(a+)+$', 'a' * 60 + 'b')\n"
+    use = f"{tmp_path / 'game.py'}:play"
+    config = game_run(tmp_path, greedy, rollout={"use": use, "timeout_s": 0.5})
+    with (
+        broker(tmp_path, config),
+        ScriptedLearner(tmp_path, config),
+        ended(join(tmp_path, "--rollout", use, program=("-c", IMPATIENT))) as process,
+    ):
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f'File "{tmp_path / "game.py"}", line 4 in play' in said
+
+
 def test_tools_that_hang_in_threads_cost_their_samples_and_hold_up_neither_engine_nor_end(tmp_path: Path) -> None:
     hanging = """import asyncio, threading
 
@@ -145,7 +161,9 @@ def failed_of(service: Service) -> int:
     return scheduler.ledger.counts()["failed"] if scheduler else 0
 
 
-def join(folder: Path, *more: str) -> subprocess.Popen[str]:
+def join(folder: Path, *more: str, program: tuple[str, ...] = (str(MAIN),)) -> subprocess.Popen[str]:
     control, key = Addresses.read(folder).control, folder / "keys" / "generator.key"
     reward = f"{folder / 'reward.py'}:score"
-    return started(folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more)
+    return started(
+        folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more, program=program
+    )
