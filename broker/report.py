@@ -92,6 +92,7 @@ def _line(run: RunState, version: int, one: Trajectory, group: Sequence[Trajecto
         "rewards": dict(one.rewards),
         "answers": dict(one.answers),
         "completion_tokens": len(completion.tokens),
+        "observed_tokens": 0 if completion.observed is None else int(completion.observed.sum()),
         "finish_reason": completion.finish_reason.value,
         "versions": [list(span) for span in completion.spans],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,24 @@ def test_what_the_engine_raised_ends_the_sample_even_if_the_rollout_goes_on(tmp_
     for error in (RequestFailed, EngineDead):
         bench.run(lambda engine, error=error: work(engine, error), step_s=0.01)  # type: ignore[misc]
         (tmp_path / "dead" / "v0").rename(tmp_path / f"v0 {error.__name__}")
+
+
+def test_a_request_that_fails_is_told_once_and_not_by_the_event_loop_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, HEAD + "    return await engine.generate(prompt.tokens)\n")
+    unheard: list[str] = []
+
+    async def work(engine: FakeEngine) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context["message"]))
+        runner = RolloutRunner(bench.config, bench.config.rollout, tmp_path / "model")
+        running = asyncio.create_task(runner.run(engine, LEASE, bench.attempt(), bench.tokens.append))
+        await until(lambda: bool(engine.progress()), "its turn")
+        await engine.abort_all()
+        await asyncio.wait({running})
+        assert isinstance(running.exception(), RequestFailed)
+
+    bench.run(work, step_s=0.01)
+    gc.collect()
+    assert not unheard
 
 
 def test_a_cancelled_sample_aborts_its_turn_and_its_rollout_generates_no_more(tmp_path: Path) -> None:

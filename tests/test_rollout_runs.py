@@ -163,7 +163,7 @@ def failed_of(service: Service) -> int:
 
 def join(folder: Path, *more: str, program: tuple[str, ...] = (str(MAIN),)) -> subprocess.Popen[str]:
     control, key = Addresses.read(folder).control, folder / "keys" / "generator.key"
-    reward = f"{folder / 'reward.py'}:score"
+    reward = f"{folder / 'reward.py'}:score:0.5"  # as the run was given it; what it weighs is the run's matter
     return started(
         folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more, program=program
     )

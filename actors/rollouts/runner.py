@@ -112,7 +112,7 @@ class RolloutRunner:
     async def _end(self, task: asyncio.Task[Episode]) -> None:
         """Cancel what still runs. Code that does not end then is left to itself, without an engine."""
         if task.done():
-            return
+            return self._ended(task)
         task.cancel()
         self._stubborn.add(task)
         task.add_done_callback(self._ended)
@@ -123,7 +123,7 @@ class RolloutRunner:
     def _ended(self, task: asyncio.Task[Episode]) -> None:
         self._stubborn.discard(task)
         if not task.cancelled():
-            task.exception()  # looked at: what it says comes too late for its sample
+            task.exception()  # looked at: what it says comes too late for its sample, or the engine has said it
 
 
 def _function(settings: RolloutConfig) -> Callable[..., Any]:
