@@ -20,6 +20,7 @@ from broker.run_state import RunState
 from broker.scores import ALL, score_table
 from protocol.brought_code import shown_name
 from protocol.messages import Evaluation
+from protocol.rollouts import ENVIRONMENT
 from protocol.types import Trajectory
 
 log = logging.getLogger("tether.broker")
@@ -33,8 +34,10 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     k = run.config.evaluation.samples
     groups = [(run.source.evaluation_sources[found[0].prompt], found) for found in result.by_prompt]
     functions = [shown_name(function.use) for function in run.config.all_rewards.functions]
+    if not functions and run.config.rollout.weight is not None:
+        functions = [ENVIRONMENT]
     table = score_table(groups, functions)
-    decides = next(row for row in table if (row["source"], row["function"]) == (ALL, functions[0]))
+    decides = next((row["metrics"] for row in table if (row["source"], row["function"]) == (ALL, functions[0])), {})
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     firsts = [trajectory for trajectory in answered if trajectory.sample == 0]
@@ -42,7 +45,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
         version=result.version,
         num_prompts=len(groups),
         samples_per_prompt=k,
-        accuracy=decides["metrics"].get(f"mean@{k}"),
+        accuracy=decides.get(f"mean@{k}"),
         rewards={name.removeprefix("reward/"): value for name, value in reward_means(answered).items()},
         scores=table,
         length_mean=float(np.mean(lengths)) if lengths else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -44,12 +45,18 @@ def game_run(folder: Path, game: str = GAME, **sections: dict[str, object]) -> C
 def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_path: Path) -> None:
     """Without any reward function."""
     config = game_run(
-        tmp_path, rollout={"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5}, rewards={"functions": []}
+        tmp_path,
+        rollout={"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5},
+        rewards={"functions": []},
+        evaluation={"every": 10},
     )
     generator = FakeGenerator(tmp_path, config, mean_tokens=20.0)
     with broker(tmp_path, config), ScriptedLearner(tmp_path, config) as learner, generator:
+        learner.link.evaluate(0)
         while learner.step():
             pass
+        learner.link.refresh()
+        last = learner.link.evaluations()[-1]
     shares = [taken.share for taken in learner.trained]
     items = [item for share in shares for item in share.items]
     several = [item.completion for item in items if item.completion.observed is not None]
@@ -72,6 +79,11 @@ def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_pa
     numbers = learner.trained[0].numbers
     assert 0.0 <= numbers["reward/environment"] <= 1.0
     assert numbers["reward/environment/length"] > 3
+    assert last.errors == 0
+    assert last.accuracy == last.rewards["environment"] == 0.5, "of the prompts 0 to 5 every other one is won"
+    lines = (tmp_path / "evaluations" / "version_000003.jsonl").read_text().splitlines()
+    held_out = [json.loads(line) for line in lines]
+    assert any(0 < line["observed_tokens"] < line["completion_tokens"] for line in held_out)
 
 
 def test_a_rollout_that_fails_for_a_prompt_costs_that_prompt_and_no_other(tmp_path: Path) -> None:
