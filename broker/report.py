@@ -37,7 +37,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     if not functions and run.config.rollout.weight is not None:
         functions = [ENVIRONMENT]
     table = score_table(groups, functions)
-    decides = next((row["metrics"] for row in table if (row["source"], row["function"]) == (ALL, functions[0])), {})
+    of_all = [row for row in table if row["source"] == ALL]
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     firsts = [trajectory for trajectory in answered if trajectory.sample == 0]
@@ -45,7 +45,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
         version=result.version,
         num_prompts=len(groups),
         samples_per_prompt=k,
-        accuracy=decides.get(f"mean@{k}"),
+        accuracy=of_all[0]["metrics"].get(f"mean@{k}") if of_all else None,
         rewards={name.removeprefix("reward/"): value for name, value in reward_means(answered).items()},
         scores=table,
         length_mean=float(np.mean(lengths)) if lengths else 0.0,
