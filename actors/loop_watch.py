@@ -2,12 +2,15 @@
 
 A thread of the generator process. It asks the loop for a sign of life; when none comes and the rollout's own file is
 on the loop's stack, the log says which line stands still, and past a limit the process is ended: it would otherwise
-hold its leases and its device in silence. That it blames nobody else rests on `_culprit`.
+hold its leases and its device in silence. That it blames nobody else rests on `_culprit`. A loop that stands still for
+another reason, or because code keeps the interpreter to itself so that not even this thread runs, ends the process all
+the same, `STILL_S` later, with the stack of every thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import sys
 import threading
@@ -18,6 +21,7 @@ from collections.abc import Callable
 log = logging.getLogger("tether.rollout")
 
 WARN_S = 2.0  # a loop that answers nothing for so long has lost heartbeats
+STILL_S = 30.0  # beyond the limit, whoever it is that blocks
 
 
 class LoopWatch:
@@ -33,13 +37,16 @@ class LoopWatch:
     def close(self) -> None:
         self._over.set()
         self._answered.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._over.is_set():
             self._answered.clear()
             asked_at, warned = time.monotonic(), False
+            faulthandler.dump_traceback_later(self._limit_s + STILL_S, exit=True)
             self._loop.call_soon_threadsafe(self._answered.set)
-            while not self._answered.wait(WARN_S / 4):
+            while not self._over.is_set() and not self._answered.wait(WARN_S / 4):
                 for_s = time.monotonic() - asked_at
                 where = self._culprit() if for_s > WARN_S else ""
                 if where and not warned:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from actors.engine import Engine, EngineError
 from actors.rollout import Attempt, RolloutFailed, turn_seed
 from actors.texts import Texts
-from protocol.types import Completion, FinishReason, Logprobs, Prompt, Tokens, VersionSpan
+from protocol.types import Completion, FinishReason, Logprobs, Prompt, SamplingParams, Tokens, VersionSpan
 
 SPARE = 32  # a sample may generate so many times max_tokens in all, with what it throws away
 MAX_SPAN_TOKENS = 1 << 24  # an end beyond it is none of ours
@@ -49,6 +49,7 @@ class SampleEngine:
         self._context_tokens, self._left_s, self._generated = context_tokens, own_time_s, generated
         self._num_turns = self._num_generated = self._num_waiting = 0
         self._turns: dict[bytes, list[Completion]] = defaultdict(list)  # by digest of what they were generated behind
+        self._calls: set[asyncio.Future[Completion]] = set()  # what the engine works on
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._start_clock()
@@ -72,20 +73,21 @@ class SampleEngine:
         ends, or after `max_tokens`. Raises RequestFailed or EngineDead, which end the sample even if they are caught.
         """
         context = self.checked(tokens)
-        room = min(self.max_tokens if max_tokens is None else max_tokens, self.max_tokens)
-        room = min(room, self._context_tokens - len(context))
-        self._refuse(room, stop)
+        sampling = self._sampling(len(context), stop, stop_token_ids, max_tokens)
         turn, self._num_turns = self._num_turns, self._num_turns + 1
         request_id = f"{self._attempt.request_id}-{turn}" if turn else self._attempt.request_id
-        own = self._attempt.sampling
-        ids = (*own.stop_token_ids, *stop_token_ids)
-        sampling = replace(own, max_tokens=room, stop=(*own.stop, *stop), stop_token_ids=ids)
+        asked = self._engine.generate(request_id, context, sampling, turn_seed(self._attempt, turn))
+        call = asyncio.ensure_future(asked)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         try:
             with self._clock_stopped():
-                made = await self._engine.generate(request_id, context, sampling, turn_seed(self._attempt, turn))
+                made = await call
         except EngineError as error:
             self.failure = error
             raise
+        for array in (made.tokens, made.behavior_logprobs):
+            array.setflags(write=False)  # it is what `check` compares with
         self._num_generated += len(made.tokens)
         self._generated(len(made.tokens))
         self._turns[_digest(context)].append(made)
@@ -143,23 +145,35 @@ class SampleEngine:
         return Completion(tokens, known, _spans(versions), FinishReason(completion.finish_reason), marks)
 
     def close(self) -> None:
-        """From now on it generates nothing."""
+        """From now on it generates nothing, also for tasks that the rollout has left behind."""
         self._closed = True
+        for call in list(self._calls):
+            call.cancel()
         if self._timer is not None:
             self._timer.cancel()
 
-    def _refuse(self, room: int, stop: Sequence[str]) -> None:
-        """Raise RolloutFailed if there is nothing to ask the engine for."""
+    def _sampling(
+        self, num_context: int, stop: Sequence[str], stop_token_ids: Sequence[int], max_tokens: int | None
+    ) -> SamplingParams:
+        """What to ask the engine for. Raises RolloutFailed if there is nothing to ask for."""
         if self._closed:
             raise RolloutFailed("this sample has ended; a rollout must not go on behind its end")
+        stop = stop if isinstance(stop, str) else tuple(stop)
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise RolloutFailed(f"stop is a list of texts that are not empty, got {stop!r}")
+        if not isinstance(max_tokens, int | np.integer | None):
+            raise RolloutFailed(f"max_tokens is a whole number, got {max_tokens!r}")
+        most = self.max_tokens if max_tokens is None else min(int(max_tokens), self.max_tokens)
+        room = min(most, self._context_tokens - num_context)
         if room < 1:
             raise RolloutFailed("there is no room for another token; look at Conversation.ended before each turn")
         if self._num_generated >= SPARE * self.max_tokens:
             raise RolloutFailed(
                 f"one sample generated {self._num_generated} tokens, {SPARE} times sampling.max_tokens; end it sooner"
             )
+        own = self._attempt.sampling
+        ids = (*own.stop_token_ids, *self.checked(tuple(stop_token_ids)).tolist())
+        return replace(own, max_tokens=room, stop=(*own.stop, *stop), stop_token_ids=ids)
 
     def _generated_at(
         self, start: int, tokens: Tokens, logprobs: Logprobs, versions: NDArray[np.int64], observed: NDArray[np.bool_]

@@ -19,6 +19,7 @@ from broker.metrics import reward_means
 from broker.run_state import RunState
 from broker.scores import ALL, score_table
 from protocol.messages import Evaluation
+from protocol.reward_model import REWARD_MODEL
 from protocol.rewards import names_in_evaluation
 from protocol.types import Trajectory
 
@@ -35,6 +36,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     functions = names_in_evaluation(run.config)
     table = score_table(groups, functions)
     decides = next(row for row in table if (row["source"], row["function"]) == (ALL, functions[0]))
+    is_right_or_wrong = functions[0] != REWARD_MODEL  # whose scores say more or less, and no more
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     firsts = [trajectory for trajectory in answered if trajectory.sample == 0]
@@ -42,7 +44,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
         version=result.version,
         num_prompts=len(groups),
         samples_per_prompt=k,
-        accuracy=decides["metrics"].get(f"mean@{k}"),
+        accuracy=decides["metrics"].get(f"mean@{k}") if is_right_or_wrong else None,
         rewards={name.removeprefix("reward/"): value for name, value in reward_means(answered).items()},
         scores=table,
         length_mean=float(np.mean(lengths)) if lengths else 0.0,
@@ -92,6 +94,7 @@ def _line(run: RunState, version: int, one: Trajectory, group: Sequence[Trajecto
         "rewards": dict(one.rewards),
         "answers": dict(one.answers),
         "completion_tokens": len(completion.tokens),
+        "observed_tokens": 0 if completion.observed is None else int(completion.observed.sum()),
         "finish_reason": completion.finish_reason.value,
         "versions": [list(span) for span in completion.spans],
     }

@@ -154,22 +154,25 @@ def _is_setting(key: str) -> bool:
     return key in known_keys() or key.split(".")[0] in PASS_THROUGH or (bool(key) and is_section(key))
 
 
+def weighted(text: str) -> tuple[str, float | None]:
+    """What stands before :WEIGHT, and the weight; None without one."""
+    what, _, last = text.rpartition(":")
+    try:
+        return (what, float(last)) if what else (text, None)
+    except ValueError:
+        return text, None
+
+
 def _reward(text: str) -> dict[str, object]:
     """NAME, FILE.py:NAME or package.module:NAME, each with :WEIGHT or without."""
-    use, colon, last = text.rpartition(":")
-    try:
-        return {"use": use, "weight": float(last)} if colon else {"use": text}
-    except ValueError:
-        return {"use": text}
+    use, weight = weighted(text)
+    return {"use": use} if weight is None else {"use": use, "weight": weight}
 
 
 def _reward_model(text: str, flag: str) -> list[Value]:
     """FOLDER, with :WEIGHT or without."""
-    folder, colon, last = text.rpartition(":")
-    try:
-        given = {"path": folder, "weight": float(last)} if colon else {"path": text}
-    except ValueError:
-        given = {"path": text}
+    folder, weight = weighted(text)
+    given = {"path": folder} if weight is None else {"path": folder, "weight": weight}
     return [Value(f"rewards.model.{name}", value, flag) for name, value in given.items()]
 
 

@@ -72,7 +72,8 @@ def evaluation_line(row: Row, beside: Sequence[str] = ()) -> str:
     failed = f"; {row['errors']} failed" if row.get("errors") else ""
     version, accuracy, scored = row["version"], row["accuracy"], of_all["prompts"]
     if accuracy is None:
-        return f"evaluation of version {version}: no completion was scored{failed}"
+        means = ", ".join(f"{name} {value:.4g}" for name, value in row.get("rewards", {}).items() if "/" not in name)
+        return f"evaluation of version {version}: {means or 'no completion was scored'}{failed}"
     k = row.get("samples_per_prompt", 1)
     counted = f"{round(accuracy * scored)} of {scored}" if k == 1 else f"mean@{k} of {scored} prompts"
     parts = [f"accuracy {accuracy:.1%} ({counted}{failed})"]

@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 
     use_own_python()
 
+from launch.flags import weighted
 from launch.log_lines import log_to_stderr
 from protocol import settings
 from protocol.accelerators import DEVICES
@@ -78,12 +79,14 @@ async def generate(args: argparse.Namespace) -> None:
     from actors.rollouts.runner import RolloutRunner
     from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
+    from actors.tool_threads import ToolThreads
 
+    asyncio.get_running_loop().set_default_executor(ToolThreads())
     addresses = Addresses.from_url(args.connect) if args.connect else Addresses.read(args.run_dir)
     key = read_client_key(args.key or args.run_dir / "keys" / "generator.key")
     own = settings.load(args.run_dir / "config.yaml") if args.run_dir else None
-    uses = [function.use for function in own.all_rewards.functions] if own else args.reward
-    reward_model = own.rewards.model.path if own else args.reward_model
+    uses = [function.use for function in own.all_rewards.functions] if own else [weighted(it)[0] for it in args.reward]
+    reward_model = own.rewards.model.path if own else weighted(args.reward_model)[0]
     rollout_use = own.rollout.use if own else args.rollout
     scores_by, rolls_by = reward_digest(uses, reward_model), rollout_digest(rollout_use)
     incarnation = secrets.randbits(62)
@@ -115,7 +118,8 @@ async def generate(args: argparse.Namespace) -> None:
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        rollout = RolloutRunner(config, with_own_file(config.rollout, rollout_use), model)
+        loading = asyncio.to_thread(RolloutRunner, config, with_own_file(config.rollout, rollout_use), model)
+        rollout = await _reported(loading, session, config, "loading the rollout")  # whose file may import anything
         scorer = Scorer(config, with_files(config.all_rewards, uses, reward_model), model, device)
         await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
@@ -171,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(generate(args))
     except BaseExceptionGroup as group:
         return _report(_first(group))
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # the last out of a task that a rollout started
         return _report(error)
     return int(Exit.DONE)
 

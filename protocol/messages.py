@@ -178,7 +178,7 @@ class Evaluation(BaseModel):
     version: int
     num_prompts: int
     accuracy: float | None
-    """mean@k of the first function over all prompts; None: nothing was scored."""
+    """mean@k of the first function, or of the environment without any, over all prompts; None: no score says it."""
     rewards: dict[str, float]
     """Mean of each function over the completions."""
     length_mean: float

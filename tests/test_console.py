@@ -219,6 +219,8 @@ def test_an_evaluation_of_k_completions_says_what_any_and_most_of_them_came_to()
     )
     nothing = row | {"accuracy": None}
     assert evaluation_line(nothing) == "evaluation of version 0: no completion was scored; 80 failed"
+    by_model = nothing | {"rewards": {"reward_model": 1.52634, "environment/left": 3.0}, "scores": [], "errors": 0}
+    assert evaluation_line(by_model) == "evaluation of version 0: reward_model 1.526"
 
 
 def test_a_pipe_gets_each_step_and_evaluation_once(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def test_chat_messages_stand_between_turns_as_the_template_puts_them(tmp_path: P
         for is_ended in (True, False):
             talk = Conversation(sample, PROMPT)
             await talk.generate(stop_token_ids=() if is_ended else range(VOCABULARY))
-            talk._parts[-1].tokens[-1] = end if is_ended else 9
+            last = talk._parts[-1]
+            talk._parts[-1] = replace(last, tokens=np.append(last.tokens[:-1], np.int32(end if is_ended else 9)))
             before = talk.tokens.tolist()
             await talk.reply([{"role": "user", "content": "Are you sure?"}])
             told = talk.tokens.tolist()[len(before) :]

@@ -19,6 +19,7 @@ import pytest
 from actors.rewards.pool import RewardFailed, RewardPool
 from protocol.errors import ConfigError
 from protocol.sections import RewardConfig, RewardsConfig
+from tests.engines import until
 
 TIMEOUT_S = 1.0
 CODE = """
@@ -34,6 +35,7 @@ def score(completion, answer, pids="", session=""):
     if completion == "allocate": return len(bytearray(10 << 30))
     if completion == "fork":
         while True: os.fork()
+    if completion == "fork once" and os.fork() == 0: return 5.0
     if completion == "metrics": return {"score": 1, "acc": True, "pred": "x"}
     if completion == "many": return {"score": 1} | {str(n): n for n in range(65)}
     if completion == "text": return "good"
@@ -143,6 +145,33 @@ def test_what_reward_code_prints_does_not_disturb_the_pipe(tmp_path: Path) -> No
     async def go() -> None:
         async with pool(tmp_path) as rewards:
             assert await values(rewards, "print", "after") == [1.0, 5.0]
+
+    asyncio.run(go())
+
+
+def test_a_process_that_reward_code_forks_does_not_answer_beside_its_parent(tmp_path: Path) -> None:
+    """Its answer would be taken for that of the next call, and every later one would be another completion's."""
+
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            for text in ("fork once", "1", "fork once", "22", "333"):
+                assert await values(rewards, text) == [float(len(text))]
+
+    asyncio.run(go())
+
+
+def test_a_replacement_whose_lease_is_dropped_meanwhile_leaves_no_worker_behind(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with pool(tmp_path) as rewards:
+            with pytest.raises(RewardFailed, match="ended its process"):
+                await values(rewards, "die")
+            (tmp_path / "evil.py").write_text("import time\ntime.sleep(600)")
+            before = set(psutil.Process().children())
+            waiting = asyncio.create_task(values(rewards, "fine"))
+            await until(lambda: set(psutil.Process().children()) > before, "a worker is started")
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert set(psutil.Process().children()) == before
 
     asyncio.run(go())
 

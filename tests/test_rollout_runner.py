@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_a_reward_and_metrics_of_the_environment_come_with_the_completion(tmp_pa
             r"mine:play: one sample generated 768 tokens, 32 times sampling\.max_tokens; end it sooner",
         ),
         ("return (await engine.generate(prompt.tokens)).tokens", "gave ndarray .*, expected a Completion"),
+        ("await engine.generate(prompt.tokens, max_tokens=8.5)", r"max_tokens is a whole number, got 8\.5"),
+        ("await engine.generate(prompt.tokens, stop_token_ids=['w7'])", "token ids are a list of integers"),
+        ("await engine.generate(prompt.tokens, stop_token_ids=[50])", "token ids are 0 to 49, got 50"),
+        (
+            "turn = await engine.generate(prompt.tokens)\n    turn.tokens[-1] = 0\n    return turn",
+            "mine:play raised ValueError: .* read-only",
+        ),
+        (
+            "class Last(Exception):\n        def __str__(self): sys.exit(3)\n    raise Last",
+            "mine:play raised Last",
+        ),
     ],
 )
 def test_what_a_rollout_does_wrong_is_an_error_with_its_name(
@@ -109,6 +121,39 @@ def test_what_a_rollout_does_wrong_is_an_error_with_its_name(
     monkeypatch.setattr(runner_module, "END_S", 0.1)
     with pytest.raises(RolloutFailed, match=reason):
         Bench(tmp_path, f"{HEAD}    {body}\n", rollout={"timeout_s": 0.2}).play(0)
+
+
+def test_what_a_rollout_does_to_its_row_is_nobody_elses(tmp_path: Path) -> None:
+    """The other samples have the same row, and so have the rewards."""
+    lease = replace(LEASE, prompt=replace(PROMPT, columns={"answer": "w7", "extra": {"moves": [1]}}))
+    code = HEAD + "    prompt.columns['extra']['moves'].append(2)\n    prompt.columns.pop('answer')\n" + TALK
+    with pytest.raises(RolloutFailed, match="KeyError: 'answer'"):
+        Bench(tmp_path, code).play(0, 1, lease=lease)
+    assert lease.prompt.columns == {"answer": "w7", "extra": {"moves": [1]}}
+
+
+def test_a_metric_whose_name_is_not_unicode_can_be_sent(tmp_path: Path) -> None:
+    code = HEAD + "    return Episode(await engine.generate(prompt.tokens), metrics={'\\udc80': 1})\n"
+    [episode] = Bench(tmp_path, code).play(0)
+    assert episode.metrics == {"environment/?": 1.0}
+
+
+def test_a_turn_that_the_rollout_did_not_wait_for_ends_with_its_sample(tmp_path: Path) -> None:
+    code = f"""{HEAD}
+    tries = [asyncio.create_task(engine.generate(prompt.tokens, max_tokens=most)) for most in (2, 20)]
+    done, _ = await asyncio.wait(tries, return_when=asyncio.FIRST_COMPLETED)
+    return done.pop().result()
+"""
+    bench = Bench(tmp_path, code)
+
+    async def work(engine: FakeEngine) -> None:
+        runner = RolloutRunner(bench.config, bench.config.rollout, tmp_path / "model")
+        episode = await runner.run(engine, LEASE, bench.attempt(), bench.tokens.append)
+        assert len(episode.completion.tokens) == 2
+        await until(lambda: not engine.progress(), "the other turn has ended")
+        assert bench.tokens == [2], "it was not waited for"
+
+    bench.run(work, step_s=0.01)
 
 
 def test_the_engines_time_is_not_the_rollouts(tmp_path: Path) -> None:
@@ -146,6 +191,24 @@ def test_what_the_engine_raised_ends_the_sample_even_if_the_rollout_goes_on(tmp_
     for error in (RequestFailed, EngineDead):
         bench.run(lambda engine, error=error: work(engine, error), step_s=0.01)  # type: ignore[misc]
         (tmp_path / "dead" / "v0").rename(tmp_path / f"v0 {error.__name__}")
+
+
+def test_a_request_that_fails_is_told_once_and_not_by_the_event_loop_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, HEAD + "    return await engine.generate(prompt.tokens)\n")
+    unheard: list[str] = []
+
+    async def work(engine: FakeEngine) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context["message"]))
+        runner = RolloutRunner(bench.config, bench.config.rollout, tmp_path / "model")
+        running = asyncio.create_task(runner.run(engine, LEASE, bench.attempt(), bench.tokens.append))
+        await until(lambda: bool(engine.progress()), "its turn")
+        await engine.abort_all()
+        await asyncio.wait({running})
+        assert isinstance(running.exception(), RequestFailed)
+
+    bench.run(work, step_s=0.01)
+    gc.collect()
+    assert not unheard
 
 
 def test_a_cancelled_sample_aborts_its_turn_and_its_rollout_generates_no_more(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
+from broker.service import Service
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import Exit
 from tests.small_run import FakeGenerator, ScriptedLearner, broker, make_run
-from tests.test_standalone import accepted_of, ended, started
+from tests.test_standalone import MAIN, accepted_of, ended, started
 from tests.wire import wait_until
 
 GAME = """from actors.conversation import Conversation
@@ -25,6 +27,7 @@ async def play(engine, prompt):
             talk.observe(engine.encode("w7 w8"))
     return Episode(talk.completion(), reward=float(prompt.number % 2), metrics={"length": 24 - talk.room})
 """
+IMPATIENT = "import sys, actors.loop_watch, launch.generator as main; actors.loop_watch.STILL_S = 2.0; main.main()"
 FAILING = """async def play(engine, prompt):
     if prompt.number == 2:
         raise RuntimeError("the game is broken")
@@ -42,15 +45,15 @@ def game_run(folder: Path, game: str = GAME, **sections: dict[str, object]) -> C
 def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_path: Path) -> None:
     """Without any reward function; what is held out is right by the environment's word."""
     rollout = {"use": f"{tmp_path / 'game.py'}:play", "weight": 0.5}
-    config = game_run(tmp_path, rollout=rollout, rewards={"functions": []}, evaluation={"every": 3})
+    config = game_run(tmp_path, rollout=rollout, rewards={"functions": []}, evaluation={"every": 10})
     generator = FakeGenerator(tmp_path, config, mean_tokens=20.0)
     with broker(tmp_path, config), ScriptedLearner(tmp_path, config) as learner, generator:
+        learner.link.evaluate(0)
         while learner.step():
             pass
         learner.link.refresh()
-        (evaluation,) = learner.link.evaluations()
-    assert evaluation.accuracy == 0.5, "of the numbers 0 to 5"
-    assert [(row["source"], row["function"]) for row in evaluation.scores][:1] == [("", "environment")]
+        last = learner.link.evaluations()[-1]
+    assert [(row["source"], row["function"]) for row in last.scores][:1] == [("", "environment")]
     shares = [taken.share for taken in learner.trained]
     items = [item for share in shares for item in share.items]
     several = [item.completion for item in items if item.completion.observed is not None]
@@ -73,6 +76,11 @@ def test_turns_observations_and_the_environments_reward_reach_the_learner(tmp_pa
     numbers = learner.trained[0].numbers
     assert 0.0 <= numbers["reward/environment"] <= 1.0
     assert numbers["reward/environment/length"] > 3
+    assert last.errors == 0
+    assert last.accuracy == last.rewards["environment"] == 0.5, "of the prompts 0 to 5 every other one is won"
+    lines = (tmp_path / "evaluations" / "version_000003.jsonl").read_text().splitlines()
+    held_out = [json.loads(line) for line in lines]
+    assert any(0 < line["observed_tokens"] < line["completion_tokens"] for line in held_out)
 
 
 def test_a_rollout_that_fails_for_a_prompt_costs_that_prompt_and_no_other(tmp_path: Path) -> None:
@@ -81,9 +89,7 @@ def test_a_rollout_that_fails_for_a_prompt_costs_that_prompt_and_no_other(tmp_pa
         with FakeGenerator(tmp_path, config):
             while learner.step():
                 pass
-        assert service._run.scheduler is not None
-        failed = service._run.scheduler.ledger.counts()["failed"]
-    assert failed == 1
+        assert failed_of(service) == 1
     assert 2 not in learner.prompts
     quarantined = (tmp_path / "quarantine.jsonl").read_text()
     assert "rollout failed: game:play raised RuntimeError: the game is broken" in quarantined
@@ -123,7 +129,50 @@ def test_a_generator_that_its_rollout_blocks_says_where_and_ends(tmp_path: Path)
     assert said.strip().splitlines()[-1].endswith("game.py:4 (play); this process ends")
 
 
-def join(folder: Path, *more: str) -> subprocess.Popen[str]:
+def test_a_generator_whose_rollout_keeps_the_interpreter_to_itself_ends_with_its_stack(tmp_path: Path) -> None:
+    """Nothing in Python can end it: a regular expression lets no other thread run."""
+    greedy = "import re\n\nasync def play(engine, prompt):\n    re.match('(a+)+$', 'a' * 60 + 'b')\n"
+    use = f"{tmp_path / 'game.py'}:play"
+    config = game_run(tmp_path, greedy, rollout={"use": use, "timeout_s": 0.5})
+    with (
+        broker(tmp_path, config),
+        ScriptedLearner(tmp_path, config),
+        ended(join(tmp_path, "--rollout", use, program=("-c", IMPATIENT))) as process,
+    ):
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f'File "{tmp_path / "game.py"}", line 4 in play' in said
+
+
+def test_tools_that_hang_in_threads_cost_their_samples_and_hold_up_neither_engine_nor_end(tmp_path: Path) -> None:
+    hanging = """import asyncio, threading
+
+async def play(engine, prompt):
+    if prompt.number < 2:
+        await asyncio.to_thread(threading.Event().wait)
+    return await engine.generate(prompt.tokens)
+"""
+    use = f"{tmp_path / 'game.py'}:play"
+    rollout = {"use": use, "timeout_s": 0.2}
+    config = game_run(tmp_path, hanging, rollout=rollout, batch={"prompts": 4, "group_size": 8})
+    with broker(tmp_path, config) as service, ScriptedLearner(tmp_path, config) as learner:
+        with ended(join(tmp_path, "--rollout", use)) as process:
+            wait_until(lambda: failed_of(service) == 2, "2 prompts x 8 samples x 3 tries are given up")
+            assert learner.step()
+            assert learner.step(), "with new weights"
+            process.terminate()
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == Exit.DONE, said
+
+
+def failed_of(service: Service) -> int:
+    scheduler = service._run.scheduler
+    return scheduler.ledger.counts()["failed"] if scheduler else 0
+
+
+def join(folder: Path, *more: str, program: tuple[str, ...] = (str(MAIN),)) -> subprocess.Popen[str]:
     control, key = Addresses.read(folder).control, folder / "keys" / "generator.key"
-    reward = f"{folder / 'reward.py'}:score"
-    return started(folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more)
+    reward = f"{folder / 'reward.py'}:score:0.5"  # as the run was given it; what it weighs is the run's matter
+    return started(
+        folder, "--connect", control, "--key", str(key), "--reward", reward, "--name", "guest", *more, program=program
+    )

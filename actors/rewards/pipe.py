@@ -1,6 +1,7 @@
 """A reward worker's side of its pipe: length-prefixed msgpack on its first two descriptors.
 
-Runs in every reward worker. That nothing else can write into the pipe rests on `start_of_worker`.
+Runs in every reward worker. That nothing else can write into the pipe, and no process that reward code forks answers
+beside its parent, rests on `start_of_worker`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from protocol.parent import leave_with
 def start_of_worker() -> tuple[BinaryIO, BinaryIO]:
     """Where calls come from and answers go. From here on what the process prints goes to stderr.
 
-    And it ends when its parent does.
+    And it ends when its parent does. What reward code forks finds no further call when its function returns, and ends.
     """
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.register_at_fork(after_in_child=lambda: _leave_to_parent(incoming.fileno(), outgoing.fileno()))
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     leave_with(os.getppid())  # also when its code hangs and never sees that its pipe is closed
     return incoming, outgoing
+
+
+def _leave_to_parent(*descriptors: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor, inheritable=False)
+    os.close(nothing)
 
 
 def read(file: BinaryIO) -> dict[str, Any] | None:

@@ -115,6 +115,7 @@ class RewardPool:
         self._workers.add(worker)
         named = zip(self._names, self._settings.functions, strict=True)
         functions = [(name, function.use, function.weight, dict(function.args)) for name, function in named]
+        reason = "it was stopped"
         try:
             async with asyncio.timeout(START_S):
                 answer = await worker.ask({"functions": functions, "max_tokens": self._max_tokens})
@@ -123,8 +124,10 @@ class RewardPool:
             reason = f"it was not done within {START_S:.0f} s; does importing it wait for something?"
         except RewardFailed as error:
             reason = str(error)
+        finally:
+            if reason:
+                await self._discard(worker)
         if reason:
-            await self._discard(worker)
             raise ConfigError(f"the reward code cannot be loaded: {reason}")
         return worker
 

@@ -14,6 +14,8 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ class RolloutRunner:
         """What the rollout gave, checked. Whatever it raises becomes RolloutFailed: even SystemExit, which would end
         the generator."""
         try:
-            made = await self._function(engine, lease.prompt, **self._settings.args)
+            prompt = replace(lease.prompt, columns=deepcopy(lease.prompt.columns))  # which the rewards have, too
+            made = await self._function(engine, prompt, **self._settings.args)
             if not isinstance(made, Completion | Episode):
                 raise RolloutFailed(f"gave {_shown(made)}, expected a Completion or an Episode")
             episode = made if isinstance(made, Episode) else Episode(made)
@@ -97,7 +100,7 @@ class RolloutRunner:
         if episode.reward is not None and self._settings.weight is None:
             raise RolloutFailed(f"gave the reward {_shown(episode.reward)}, which has no weight; set rollout.weight")
         reward = None if episode.reward is None else _number(episode.reward, "a reward")
-        metrics = {f"{ENVIRONMENT}/{key}": _number(value, f"{key}") for key, value in episode.metrics.items()}
+        metrics = {_metric(key): _number(value, f"{key}") for key, value in episode.metrics.items()}
         longest = max(metrics, key=len, default="")
         if len(metrics) > MAX_METRICS or len(longest) > MAX_NAME:
             raise RolloutFailed(
@@ -109,7 +112,7 @@ class RolloutRunner:
     async def _end(self, task: asyncio.Task[Episode]) -> None:
         """Cancel what still runs. Code that does not end then is left to itself, without an engine."""
         if task.done():
-            return
+            return self._ended(task)
         task.cancel()
         self._stubborn.add(task)
         task.add_done_callback(self._ended)
@@ -120,7 +123,7 @@ class RolloutRunner:
     def _ended(self, task: asyncio.Task[Episode]) -> None:
         self._stubborn.discard(task)
         if not task.cancelled():
-            task.exception()  # looked at: what it says comes too late for its sample
+            task.exception()  # looked at: what it says comes too late for its sample, or the engine has said it
 
 
 def _function(settings: RolloutConfig) -> Callable[..., Any]:
@@ -150,8 +153,13 @@ def _check_arguments(function: Callable[..., Any], use: str, arguments: Mapping[
 def _said(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # of an exception whose text cannot be made
+    except BaseException:  # of an exception whose text cannot be made
         return type(error).__name__
+
+
+def _metric(key: Any) -> str:
+    """Its name on the wire: a user's own words may not be Unicode."""
+    return f"{ENVIRONMENT}/{key}".encode(errors="replace").decode()
 
 
 def _number(value: Any, what: str) -> float:
