@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where a package would be a file
@@ -34,18 +34,23 @@ from protocol import settings
 from protocol.accelerators import DEVICES
 from protocol.addresses import Addresses, host_identity
 from protocol.config import Config
-from protocol.errors import Exit, PeerTimeout, TetherError
+from protocol.errors import ConfigError, Exit, PeerTimeout, TetherError
 from protocol.keys import read_client_key
 from protocol.messages import Beat, Hello, Role
 from protocol.parent import leave_with_parent
 from protocol.rewards import reward_digest, with_files
 from protocol.rollouts import rollout_digest, with_own_file
+from protocol.sections import RolloutConfig
 from protocol.session import Session
 from protocol.shared_memory import private_folder
+
+if TYPE_CHECKING:
+    from actors.rollouts.runner import RolloutRunner
 
 Outcome = TypeVar("Outcome")
 log = logging.getLogger("tether.generator")
 
+ROLLOUT_S = 300.0  # heavy libraries come from slow disks
 JOIN_S = 120.0  # the broker may be started after its generators
 
 
@@ -76,7 +81,6 @@ async def generate(args: argparse.Namespace) -> None:
     from actors.generator import Generator
     from actors.loop_watch import LoopWatch
     from actors.model_files import fetch_model_files
-    from actors.rollouts.runner import RolloutRunner
     from actors.scorer import Scorer
     from actors.snapshot_source import SnapshotSource
     from actors.tool_threads import ToolThreads
@@ -118,8 +122,8 @@ async def generate(args: argparse.Namespace) -> None:
         device = args.device or config.run.device
         for name, value in engine_environment(config, device).items():
             os.environ.setdefault(name, value)
-        loading = asyncio.to_thread(RolloutRunner, config, with_own_file(config.rollout, rollout_use), model)
-        rollout = await _reported(loading, session, config, "loading the rollout")  # whose file may import anything
+        loading = load_rollout(config, with_own_file(config.rollout, rollout_use), model)
+        rollout = await _reported(loading, session, config, "loading the rollout")
         scorer = Scorer(config, with_files(config.all_rewards, uses, reward_model), model, device)
         await _reported(scorer.start(), session, config, "starting the rewards")
         building = asyncio.to_thread(build_engine, config, model, device, seed=incarnation & 0x7FFFFFFF)
@@ -145,6 +149,22 @@ async def generate(args: argparse.Namespace) -> None:
         if scorer is not None:
             await scorer.close()
         shutil.rmtree(staging, ignore_errors=True)
+
+
+async def load_rollout(
+    config: Config, rollout: RolloutConfig, model: Path, within_s: float = ROLLOUT_S
+) -> RolloutRunner:
+    """Its file may import anything. Raises ConfigError if it cannot be loaded, or not in time."""
+    from actors.rollouts.runner import RolloutRunner
+
+    try:
+        async with asyncio.timeout(within_s):
+            return await asyncio.to_thread(RolloutRunner, config, rollout, model)
+    except TimeoutError:
+        raise ConfigError(
+            f"expected {rollout.use} to be imported within {within_s:g} s, it was not; does its file wait for "
+            "something, or do its work, when it is imported?"
+        ) from None
 
 
 async def _reported(

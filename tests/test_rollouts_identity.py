@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from actors.rollouts.runner import RolloutRunner
 from launch.flags import parse
+from launch.generator import load_rollout
 from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.messages import Role
@@ -104,3 +106,13 @@ def test_the_environments_reward_is_one_of_the_sum_where_it_has_a_weight() -> No
 def test_the_rollout_is_among_the_settings_that_both_ends_compare() -> None:
     plain, other = (Config.model_validate({"rollout": {"use": use}}) for use in BUILT_IN)
     assert plain.result_digest() != other.result_digest()
+
+
+def test_a_rollout_whose_import_does_not_end_is_refused_in_time(tmp_path: Path) -> None:
+    make_model_files(tmp_path / "model", 8)
+    use = code(tmp_path, "import time\n\ntime.sleep(1.0)\n\nasync def play(engine, prompt): ...\n")
+    config = Config.model_validate({"rollout": {"use": use}})
+    with pytest.raises(
+        ConfigError, match=r"game\.py:play to be imported within 0\.1 s, it was not; does"
+    ):
+        asyncio.run(load_rollout(config, config.rollout, tmp_path / "model", within_s=0.1))
