@@ -26,7 +26,7 @@ from launch.run_folder import RunFolder, choose_addresses
 from protocol.addresses import Addresses
 from protocol.config import Config
 from protocol.errors import ConfigError, Exit, PreflightError
-from protocol.rewards import scored_by
+from protocol.rewards import names_in_evaluation, scored_by
 from protocol.settings import build
 from tests.wire import free_addresses
 
@@ -149,6 +149,9 @@ def test_a_reward_model_is_a_folder_with_its_weight() -> None:
         assert (model.path, model.weight) == expected
     alone = build(parse(["--reward-model", "judge", "--rewards.functions", "[]"]).values).config
     assert scored_by(alone) == [("reward_model", 1.0)]
+    assert names_in_evaluation(alone) == ["reward_model"]
+    beside = parse(["--reward-model", "judge", "--reward", "length", "--eval-reward", "gsm8k"])
+    assert names_in_evaluation(build(beside.values).config) == ["length", "gsm8k", "reward_model"]
     with pytest.raises(ConfigError, match=r"at least one reward is needed, got none; set rewards\.functions"):
         build(parse(["--rewards.functions", "[]"]).values)
 

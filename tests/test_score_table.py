@@ -24,7 +24,7 @@ def test_each_source_and_function_has_a_line_with_counts_and_interval() -> None:
         "source    function  prompts  completions  value  mean@4        95% interval  pass@4",
         "all       strict          7           28  0.500   50.0%       8.1% to 45.5%",
         "a         strict          7           28  0.250   25.0%       8.1% to 45.5%   75.0%",
-        r"b\x1b[2J  strict          0            0                nothing was scored",
+        r"b\x1b[2J  strict          0            0                 nothing was scored",
     ]
 
 
