@@ -166,6 +166,8 @@ def test_a_reward_model_is_a_folder_with_its_weight() -> None:
     alone = build(parse(["--reward-model", "judge", "--rewards.functions", "[]"]).values).config
     assert scored_by(alone) == [("reward_model", 1.0)]
     assert names_in_evaluation(alone) == ["reward_model"]
+    beside = parse(["--reward-model", "judge", "--reward", "length", "--eval-reward", "gsm8k"])
+    assert names_in_evaluation(build(beside.values).config) == ["length", "gsm8k", "reward_model"]
     with pytest.raises(ConfigError, match=r"at least one reward is needed, got none; set rewards\.functions"):
         build(parse(["--rewards.functions", "[]"]).values)
 
