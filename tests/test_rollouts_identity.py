@@ -112,7 +112,5 @@ def test_a_rollout_whose_import_does_not_end_is_refused_in_time(tmp_path: Path) 
     make_model_files(tmp_path / "model", 8)
     use = code(tmp_path, "import time\n\ntime.sleep(1.0)\n\nasync def play(engine, prompt): ...\n")
     config = Config.model_validate({"rollout": {"use": use}})
-    with pytest.raises(
-        ConfigError, match=r"game\.py:play to be imported within 0\.1 s, it was not; does"
-    ):
+    with pytest.raises(ConfigError, match=r"game\.py:play to be imported within 0\.1 s, it was not; does"):
         asyncio.run(load_rollout(config, config.rollout, tmp_path / "model", within_s=0.1))
