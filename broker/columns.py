@@ -133,16 +133,24 @@ def demonstration(row: Row, columns: Columns) -> str | None:
 
     The chat's last answer, verl's worked answer, ms-swift's response, else the reference.
     """
+    answer = _imitated(row, columns)[1]
+    return answer if isinstance(answer, str) else None
+
+
+def demonstrated_by(row: Row, columns: Columns) -> str:
+    """Where a row's demonstration stands, in words."""
+    return _imitated(row, columns)[0]
+
+
+def _imitated(row: Row, columns: Columns) -> tuple[str, Any]:
     prompt, details = row[columns.prompt], row.get("extra_info")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        answer = prompt[-1].get("content")
-    elif columns.answer == "reward_model" and isinstance(details, dict):
-        answer = details.get("answer")
-    elif columns.convention == SWIFT and "response" in row:
-        answer = row["response"]
-    else:
-        answer = row.get(columns.answer)
-    return answer if isinstance(answer, str) else None
+        return f"the last message of {columns.prompt}", prompt[-1].get("content")
+    if columns.answer == "reward_model" and isinstance(details, dict):
+        return "extra_info.answer", details.get("answer")
+    if columns.convention == SWIFT and "response" in row:
+        return "response", row["response"]
+    return columns.answer or "no column", row.get(columns.answer)
 
 
 def _reads_number(rewards: Iterable[str]) -> str:

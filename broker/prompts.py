@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from broker.columns import columns_for_rewards, demonstration, messages_of
+from broker.columns import columns_for_rewards, demonstrated_by, demonstration, messages_of
 from broker.dataset import EVAL_SPLITS
 from broker.held_out import in_turn, source_labels
 from broker.records import Record, load_records
@@ -82,6 +82,7 @@ class PromptSource:
     def supervised(self) -> Iterator[tuple[Tokens, Tokens]]:
         """(prompt, answer) tokens of every row for the warm start that has a plain text answer and fits."""
         records = self._load(self._warmup_data, (), "warm start") if self._warmup_data else self._records
+        self._note(f"warm start: imitates {demonstrated_by(*records[0])}")
         for record in records:
             answer = demonstration(*record)
             tokens = self._tokenize(record)

@@ -145,7 +145,11 @@ async def _supervise(planned: Plan, settings: Settings, run_dir: Path, environ: 
         await asyncio.gather(following, return_exceptions=True)
         await broker.close()
     status.ended(verdict, supervisor.processes())
-    for line in ["", *summary(run_dir, screen.width), *_last_words(verdict, run_dir)]:
+    for line in [
+        "",
+        *summary(run_dir, screen.width),
+        *_last_words(verdict, run_dir, only_evaluates=settings.config.run.evaluation_only),
+    ]:
         print(line)
     return verdict
 
@@ -278,11 +282,12 @@ def _as_json(planned: Plan, settings: Settings, devices: Devices, run_dir: Path)
     return json.dumps(fields, indent=2)
 
 
-def _last_words(verdict: Verdict, run_dir: Path) -> list[str]:
+def _last_words(verdict: Verdict, run_dir: Path, *, only_evaluates: bool) -> list[str]:
     if verdict.code == Exit.DONE:
         return [f"done: {verdict.text} ({run_dir})"]
     word = "stopped" if verdict.code == Exit.INTERRUPTED else "failed"
-    return [f"{word}: {verdict.text}", f"resume: python launch/cluster.py --resume {run_dir}"]
+    resume = [] if only_evaluates else [f"resume: python launch/cluster.py --resume {run_dir}"]
+    return [f"{word}: {verdict.text}", *resume]
 
 
 if __name__ == "__main__":

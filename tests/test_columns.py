@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from broker.columns import Columns, check_rows, columns_for_rewards, demonstration, messages_of, recognise, with_fields
+from broker.columns import (
+    Columns,
+    check_rows,
+    columns_for_rewards,
+    demonstrated_by,
+    demonstration,
+    messages_of,
+    recognise,
+    with_fields,
+)
 from broker.dataset import Row, Table
 from protocol.errors import ConfigError
 from protocol.sections import DataConfig
@@ -235,9 +244,11 @@ def test_a_chat_is_answered_where_its_last_answer_stands_which_a_warm_start_imit
     row = {"messages": CHAT, "solution": "s"}
     assert messages_of(row, columns, "", "") == CHAT[:1]
     assert demonstration(row, columns) == "shown"
+    assert demonstrated_by(row, columns) == "the last message of messages"
     assert demonstration(row | {"messages": CHAT[:1]}, columns) == "s"
 
 
 def test_a_warm_start_imitates_the_worked_answer_of_verls_rows() -> None:
     assert demonstration(VERL, Columns("prompt", "reward_model")) == "71+1=72\n#### 72"
+    assert demonstrated_by(VERL, Columns("prompt", "reward_model")) == "extra_info.answer"
     assert demonstration(VERL | {"extra_info": {}}, Columns("prompt", "reward_model")) is None

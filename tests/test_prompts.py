@@ -242,6 +242,7 @@ def test_what_is_read_is_said_with_held_out_prompts_that_are_too_long(model: Pat
         f"training: 7 rows from {tmp_path}: {columns}",
         "training: the first 2 of them, as data.max_rows says",
         f"warm start: 7 rows from {tmp_path}: {columns}",
+        "warm start: imitates answer",
     ]
 
 

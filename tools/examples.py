@@ -61,9 +61,9 @@ def write(args: argparse.Namespace) -> None:
     rewards = {"functions": [{"use": READS_NO_ANSWER}]}
     config = Config.model_validate({"data": data, "rewards": rewards, "evaluation": {"every": 0}})
     source = PromptSource(config, ChatTokenizer(model_folder(args.model, "--model")))
+    examples = list(source.supervised())
     for note in source.notes:
         print(note)
-    examples = list(source.supervised())
     if not examples:
         raise ConfigError(f"expected rows with a text answer in {args.data}, found none; set --data or --answer-column")
     if len(examples) < source.num_rows:
