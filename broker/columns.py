@@ -1,17 +1,15 @@
-"""Which column of a row is what: the prompt, the reference answer, the system message; and rows that lack them.
+"""Which column of a row is what: the prompt, the reference answer, the system message.
 
 Runs in the broker; pure. Four conventions are recognised by their column names: GSM8K's (question, answer), verl's
 (prompt, reward_model), TRL's (prompt and anything else) and ms-swift's (messages, or query with response or solution,
-system and history); settings override them, and may name a field inside a column as COLUMN.FIELD. That bad data is told
-by file, row and column before the run rests on `check_rows`. Rewards see every column of a row; rows count from 0.
+system and history); settings override them, and may name a field inside a column as COLUMN.FIELD. Rewards see every
+column of a row. Rows that lack what a column should have are told by `broker/row_checks.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from broker.dataset import Row, Table
@@ -22,10 +20,7 @@ PROMPT_COLUMNS = ("prompt", "messages", "question", "query", "problem", "instruc
 ANSWER_COLUMNS = ("answer", "solution", "reward_model", "ground_truth", "response", "target", "completion")
 SWIFT = "ms-swift's columns"
 BEFORE_QUERY = ("system", "history")  # of ms-swift's rows; each has what it needs of them
-ID_COLUMN = "id"
 NUMBER_REWARDS = ("gsm8k", "gsm8k_flexible")  # rewards that compare with the number after ####
-_MARKED = re.compile(r"#### -?[.,]*[0-9]")
-_NUMBER = re.compile(r"\s*-?[.,]*[0-9][0-9.,]*\s*")
 
 
 class Columns(NamedTuple):
@@ -58,13 +53,13 @@ def recognise(row: Row, settings: DataConfig, rewards: Iterable[str] = ()) -> Co
         answer = "reward_model"
     if prompt not in row:
         wanted = prompt or f"one of {', '.join(PROMPT_COLUMNS)}"
-        raise ConfigError(f"expected a prompt column ({wanted}), the rows have {_names(row)}; set data.prompt_column")
+        raise ConfigError(f"expected a prompt column ({wanted}), the rows have {names(row)}; set data.prompt_column")
     if settings.answer_column and answer not in row:
-        raise ConfigError(f"expected an answer column {answer}, the rows have {_names(row)}; set data.answer_column")
-    if not answer and (reward := _reads_number(rewards)):
+        raise ConfigError(f"expected an answer column {answer}, the rows have {names(row)}; set data.answer_column")
+    if not answer and (reward := reads_number(rewards)):
         raise ConfigError(
             f"expected a column with the answer that the reward {reward} reads (one of {', '.join(ANSWER_COLUMNS)}), "
-            f"the rows have {_names(row)}; set data.answer_column, or take another reward with --reward"
+            f"the rows have {names(row)}; set data.answer_column, or take another reward with --reward"
         )
     system, history = (name if prompt == "query" and name in row else "" for name in BEFORE_QUERY)
     return Columns(prompt, answer, system, _convention(row, prompt, answer, settings), history)
@@ -76,35 +71,12 @@ def with_fields(table: Table, settings: DataConfig) -> Table:
     return Table(table.place, [row | _fields(row, wanted) for row in table.rows]) if wanted else table
 
 
-def check_rows(tables: Sequence[Table], columns: Columns, rewards: Iterable[str]) -> None:
-    """Raises ConfigError naming the first row that lacks what the run will read, or repeats another row's id.
-
-    `rewards`: their names, because some read the answer in a form of their own.
-    """
-    needs_number = _reads_number(rewards)
-    first = tables[0].rows[0].get(columns.prompt) if tables else None
-    ids: dict[str, str] = {}
-    for table in tables:
-        for number, row in enumerate(table.rows):
-            place = f"row {number} of {table.place}"
-            _check_prompt(row, columns, type(first), place)
-            _check_answer(row, columns, needs_number, place)
-            _check_turns_before(row, columns, place)
-            if row.get(ID_COLUMN) is not None:
-                before = ids.setdefault(repr(row[ID_COLUMN]), place)
-                if before != place:
-                    raise ConfigError(
-                        f"expected another {ID_COLUMN} in every row, {before} and {place} both have "
-                        f"{row[ID_COLUMN]!r}; remove one of them, or give the column {ID_COLUMN} another name"
-                    )
-
-
 def columns_for_rewards(row: Row, columns: Columns) -> Row:
     """Every column as plain JSON, with the question as `prompt` and the reference as `answer`, of verl's rows also as
     `ground_truth`, in the place of what the row has under these names.
     """
     seen = row | {"prompt": row[columns.prompt]}
-    answer = _reference(row, columns)
+    answer = reference(row, columns)
     if answer is not row.get(columns.answer):
         seen["ground_truth"] = answer
     if answer is not None:
@@ -153,61 +125,9 @@ def _imitated(row: Row, columns: Columns) -> tuple[str, Any]:
     return columns.answer or "no column", row.get(columns.answer)
 
 
-def _reads_number(rewards: Iterable[str]) -> str:
+def reads_number(rewards: Iterable[str]) -> str:
     """The first reward that compares with a number; "" if there is none."""
     return next((name for name in rewards if name in NUMBER_REWARDS), "")
-
-
-def _check_prompt(row: Row, columns: Columns, kind: type, place: str) -> None:
-    prompt = row.get(columns.prompt)
-    if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
-        seen = repr(prompt)[:60] if columns.prompt in row else f"only the columns {_names(row)}"
-        raise ConfigError(
-            f"expected text or chat messages in column {columns.prompt} of every row, {place} has {seen}; remove that "
-            "row, or set data.prompt_column"
-        )
-    if not isinstance(prompt, kind):
-        raise ConfigError(
-            f"expected all rows of a source alike, column {columns.prompt} has {_kind(prompt)} in {place} and "
-            f"{'text' if kind is str else 'chat messages'} in the first row; write both in one form, or name them as "
-            "two sources"
-        )
-
-
-def _check_answer(row: Row, columns: Columns, needs_number: str, place: str) -> None:
-    if columns.answer and columns.answer not in row:
-        raise ConfigError(
-            f"expected all rows of a source alike, with the answer in column {columns.answer}, {place} has only the "
-            f"columns {_names(row)}; add it, name the rows as two sources, or set data.answer_column"
-        )
-    answer = _reference(row, columns)
-    has_number = _is_number(answer) or (
-        isinstance(answer, str) and (_MARKED.search(answer) or _NUMBER.fullmatch(answer))
-    )
-    if needs_number and columns.answer and not has_number:
-        raise ConfigError(
-            f'the reward {needs_number} reads a number after "#### ", or a text that is nothing else, column '
-            f"{columns.answer} has {repr(answer)[-60:]} in {place}; mend that row, set data.answer_column, or take "
-            "another reward with --reward"
-        )
-
-
-def _check_turns_before(row: Row, columns: Columns, place: str) -> None:
-    system, turns = row.get(columns.system), row.get(columns.history) or []
-    if not isinstance(system, str | None):
-        raise ConfigError(
-            f"expected a text in column {columns.system}, {place} has {repr(system)[:60]}; mend that row, or give the "
-            "column another name"
-        )
-    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-        raise ConfigError(
-            f"expected column {columns.history} to be a list of [question, answer] texts, {place} has "
-            f"{repr(turns)[:60]}; mend that row, or give the column another name"
-        )
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _fields(row: Row, names: Iterable[str]) -> Row:
@@ -220,14 +140,10 @@ def _fields(row: Row, names: Iterable[str]) -> Row:
     return found
 
 
-def _reference(row: Row, columns: Columns) -> Any:
+def reference(row: Row, columns: Columns) -> Any:
     """The answer, of verl's reward_model its ground truth; None if the row has none."""
     answer = row.get(columns.answer)
     return answer["ground_truth"] if isinstance(answer, dict) and "ground_truth" in answer else answer
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _convention(row: Row, prompt: str, answer: str, settings: DataConfig) -> str:
@@ -245,24 +161,5 @@ def _is_verl(row: Row) -> bool:
     return isinstance(row.get("reward_model"), dict) and "ground_truth" in row["reward_model"]
 
 
-def _are_messages(value: Any) -> bool:
-    """Chat messages with something to answer."""
-    if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
-        return False
-    asked = value[:-1] if value[-1]["role"] == "assistant" else value
-    return bool(asked and asked[-1].get("content") and value[0]["role"] != "assistant")
-
-
-def _is_message(value: Any) -> bool:
-    """A role with a text, a list of parts, or calls of tools."""
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
-
-
-def _kind(prompt: Any) -> str:
-    return "text" if isinstance(prompt, str) else "chat messages"
-
-
-def _names(row: Row) -> str:
+def names(row: Row) -> str:
     return ", ".join(row)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from broker.columns import BEFORE_QUERY, Columns, check_rows, recognise, with_fields
+from broker.columns import BEFORE_QUERY, Columns, recognise, with_fields
 from broker.dataset import Row, read_tables
+from broker.row_checks import check_rows
 from protocol.sections import DataConfig
 from protocol.sources import Source
 

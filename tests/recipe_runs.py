@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.cluster import RECIPES
+from launch.start import RECIPES
 from protocol.config import Config
 from protocol.errors import Exit
 from protocol.settings import Recipe, build, load, read_recipe

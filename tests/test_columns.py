@@ -9,7 +9,6 @@ import pytest
 
 from broker.columns import (
     Columns,
-    check_rows,
     columns_for_rewards,
     demonstrated_by,
     demonstration,
@@ -18,6 +17,7 @@ from broker.columns import (
     with_fields,
 )
 from broker.dataset import Row, Table
+from broker.row_checks import check_rows
 from protocol.errors import ConfigError
 from protocol.sections import DataConfig
 

@@ -14,13 +14,14 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from launch.cluster import DEFAULT_RECIPE, RECIPES, find_recipe, main
+from launch.cluster import main
 from launch.flags import parse
 from launch.memory import GIB, MemorySplit, RewardModelSize, learner_parts
 from launch.model_shape import ModelShape
 from launch.plan import SHARED, Devices, Paths, implied_settings, plan
 from launch.preflight import model_shape, reward_model_size, sizes
 from launch.run_folder import RunFolder
+from launch.start import DEFAULT_RECIPE, RECIPES, find_recipe
 from launch.supervisor import Verdict
 from learner.batches import empty_micro_batch
 from learner.policy import Policy

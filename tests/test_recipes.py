@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
-from launch.cluster import RECIPES, main
+from launch.cluster import main
 from launch.flags import parse
 from launch.memory import MemorySplit
 from launch.plan import Card, Devices, Paths, Process, ProcessRole, implied_settings, plan
+from launch.start import RECIPES
 from protocol.brought_code import shown_name
 from protocol.checkpoints import latest_valid, step_of
 from protocol.errors import Exit
