@@ -215,7 +215,8 @@ def test_three_thousand_lies_under_fitting_checksums_move_nothing(siege: Siege) 
     messages = valid_messages(siege, liar, siege.leases[0], pull)
     messages.append(liar.introduction("another", reward_digest="another"))
     originals = [liar.frames(message) for message in messages]
-    with siege.attack("3,000 undermined messages") as refused:
+    chunks = IN_FLIGHT * CHUNK_BYTES  # a question for a chunk that still makes sense is answered
+    with siege.attack("3,000 undermined messages", more_memory=chunks) as refused:
         answers = liar.ask_all([undermined(rng.choice(originals), rng) for _ in range(3000)])
         assert {type(answer.message) for answer in answers}.isdisjoint({Leases, Welcome})
         assert {answer.status for answer in of_kind(answers, Verdict)} == {"late", "stale_epoch"}
