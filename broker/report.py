@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,6 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
     groups = [(run.source.evaluation_sources[found[0].prompt], found) for found in result.by_prompt]
     functions = names_in_evaluation(run.config)
     table = score_table(groups, functions)
-    decides = next(row for row in table if (row["source"], row["function"]) == (ALL, functions[0]))
-    is_right_or_wrong = functions[0] != REWARD_MODEL  # whose scores say more or less, and no more
     answered = [trajectory for trajectory in result.trajectories if trajectory.completion is not None]
     lengths = [len(trajectory.completion.tokens) for trajectory in answered if trajectory.completion is not None]
     firsts = [trajectory for trajectory in answered if trajectory.sample == 0]
@@ -44,7 +42,7 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
         version=result.version,
         num_prompts=len(groups),
         samples_per_prompt=k,
-        accuracy=decides["metrics"].get(f"mean@{k}") if is_right_or_wrong else None,
+        accuracy=accuracy(table, functions[0], k),
         rewards={name.removeprefix("reward/"): value for name, value in reward_means(answered).items()},
         scores=table,
         length_mean=float(np.mean(lengths)) if lengths else 0.0,
@@ -53,6 +51,13 @@ def evaluation_summary(run: RunState, result: EvaluationResult, now: float) -> d
         samples=[_as_text(run, trajectory) for trajectory in firsts[:NUM_SAMPLES]],
     )
     return summary.model_dump()
+
+
+def accuracy(table: Sequence[Mapping[str, Any]], function: str, k: int) -> float | None:
+    """mean@k of a function over all sources; None if nothing was scored, or by a reward model, which knows no right."""
+    decides = next(row for row in table if (row["source"], row["function"]) == (ALL, function))
+    value: float | None = decides["metrics"].get(f"mean@{k}")
+    return None if function == REWARD_MODEL else value
 
 
 def write_completions(run: RunState, result: EvaluationResult) -> None:

@@ -323,6 +323,9 @@ def test_a_run_that_cannot_read_its_data_ends_with_one_line_and_leaves_nothing(t
     assert result.returncode == Exit.SETTINGS, result.stdout
     assert last[0].startswith("failed: broker ended with code 2 (settings): ")
     assert last[1] == f"resume: python launch/cluster.py --resume {tmp_path / 'runs' / 'a'}"
+    only = ("--run.evaluation_only", "true", "--data.eval", "empty.jsonl", "--run-name", "b")
+    result = cluster(*flags[:-2], *only, "--generators.engine", "fake", cwd=tmp_path)
+    assert result.stdout.splitlines()[-1].startswith("failed: "), "an evaluation has nothing to resume"
     assert not _processes_of(tmp_path)
 
 

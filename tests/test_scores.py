@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.report import accuracy
 from broker.scores import (
     ALL,
     Scored,
@@ -141,3 +142,15 @@ def test_completions_that_repeat_each_other_narrow_no_interval_and_independent_o
     assert interval([1.0] * 5 + [0.0] * 15, 160) == one_each, "eight equal completions of each prompt"
     low, high = interval([0.25] * 10 + [0.125, 0.375] * 5, 160)
     assert high - low < 0.6 * (one_each[1] - one_each[0])
+
+
+def test_a_reward_model_has_a_mean_and_decides_no_accuracy() -> None:
+    table = [
+        {"source": source, "function": function, "metrics": {"mean@2": value}}
+        for source, value in (("", 0.5), ("a.jsonl", 0.75))
+        for function in ("gsm8k", "reward_model")
+    ]
+    assert accuracy(table, "gsm8k", 2) == 0.5
+    assert accuracy(table, "reward_model", 2) is None
+    table[0]["metrics"] = {}
+    assert accuracy(table, "gsm8k", 2) is None
